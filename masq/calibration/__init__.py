@@ -1,0 +1,1 @@
+"""Calibration data and the statistics that methods ask for, by modality."""

@@ -1,0 +1,40 @@
+"""What calibration looks at. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from masq.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationConfig:
+    """The calibration set.
+
+    Attributes:
+        samples_per_task: how many samples of each task are drawn (all of them if there are fewer).
+        batch_size: samples per batch; batches are a fixed function of the sample order.
+        seed: of the draw; keyed together with the task's name.
+        tasks: the tasks to draw from, None for all that the active modalities allow.
+        source: ``auto`` for the calibration split that comes with an embedded model, or a Parquet file.
+    """
+
+    samples_per_task: int = 128
+    batch_size: int = 16
+    seed: int = 0
+    tasks: tuple[str, ...] | None = None
+    source: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Reject empty sets.
+
+        Raises:
+            ConfigError: a count below 1, a negative seed, or an empty list of tasks.
+        """
+        for name in ("samples_per_task", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be positive", value=getattr(self, name))
+        if self.seed < 0:
+            raise ConfigError("seed must not be negative", value=self.seed)
+        if self.tasks is not None and not self.tasks:
+            raise ConfigError("tasks must name at least one task", value="[]", remedy="set null for all tasks")

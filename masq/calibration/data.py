@@ -1,0 +1,226 @@
+"""Samples from Parquet files: drawn by seed and task, hashed by content, batched in a fixed way.
+
+A file has the columns ``id``, ``task``, ``question``, ``answer`` (text), and ``image`` and ``audio`` (encoded bytes or
+null).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from masq.errors import DataError, suggestion
+from masq.models.base import Modality, Sample
+
+if TYPE_CHECKING:
+    import pyarrow
+
+TEXT_COLUMNS = ("id", "task", "question", "answer")
+MEDIA_COLUMNS = ("image", "audio")
+
+# Decoding every image and waveform again for each cell of a sweep would cost seconds; keys hold no media.
+_CONTENT_HASHES: dict[tuple[bytes, ...], str] = {}
+
+
+def load_samples(
+    source: Path | str,
+    tasks: Sequence[str] | None = None,
+    samples_per_task: int | None = None,
+    seed: int = 0,
+    modalities: Collection[str] = ("text", "vision", "audio"),
+) -> list[Sample]:
+    """Read samples and draw a seeded choice of each task.
+
+    The choice of one task depends on the seed and that task's name alone, and a smaller choice is part of a larger one.
+    Chosen samples keep the order of the file, tasks that of ``tasks`` (or of their first sample).
+
+    Args:
+        source: a Parquet file.
+        tasks: the tasks to read, None for all that the modalities allow.
+        samples_per_task: how many samples of each, None for all.
+        seed: of the choice.
+        modalities: active modalities; samples with another one are left out.
+
+    Raises:
+        DataError: a missing or damaged file, a missing or wrong column, an empty field, a repeated id, an unknown task
+            or one without samples, fewer samples than asked for.
+    """
+    path = Path(source)
+    by_task: dict[str, list[Sample]] = {}
+    for sample in _read(path):
+        by_task.setdefault(sample.task, []).append(sample)
+    unknown = next((task for task in tasks or () if task not in by_task), None)
+    if unknown is not None:
+        raise DataError(f"{path} must hold samples of every task", value=unknown, remedy=suggestion(unknown, by_task))
+    fitting = {task: [s for s in by_task[task] if fits(s, modalities)] for task in tasks or by_task}
+    if tasks is None:
+        fitting = {task: samples for task, samples in fitting.items() if samples}
+    if not fitting:
+        raise DataError(
+            f"{path} must hold samples of the active modalities",
+            value=f"none of {len(by_task)} tasks has any with {', '.join(modalities)} only",
+            remedy="choose another file or more modalities",
+        )
+    chosen = [_choose(path, task, samples, samples_per_task, seed) for task, samples in fitting.items()]
+    return [sample for samples in chosen for sample in samples]
+
+
+def _choose(path: Path, task: str, samples: list[Sample], count: int | None, seed: int) -> list[Sample]:
+    if not samples:
+        raise DataError(
+            f"task {task} must have samples of the active modalities",
+            value=0,
+            remedy="leave the task out, or choose more modalities",
+        )
+    if count is None:
+        return samples
+    if count > len(samples):
+        raise DataError(
+            f"{path} must hold samples_per_task samples of task {task}",
+            value=f"{count} asked for, {len(samples)} available",
+            remedy=f"ask for at most {len(samples)}, or for all with null",
+        )
+    key = hashlib.sha256(f"{seed}:{task}".encode()).digest()
+    order = np.random.default_rng(int.from_bytes(key, "big")).permutation(len(samples))
+    return [samples[index] for index in sorted(order[:count].tolist())]
+
+
+def fits(sample: Sample, modalities: Collection[str]) -> bool:
+    """Whether ``sample`` holds nothing but ``modalities`` (names as in the configuration; text is always active)."""
+    return all(modality.name.lower() in modalities for modality in sample.modalities - {Modality.TEXT})
+
+
+def batches(samples: Sequence[Sample], batch_size: int) -> list[list[Sample]]:
+    """Cut samples into batches of one task each: a fixed function of their order, never of what is left to do.
+
+    Args:
+        samples: in any order; tasks follow in the order of their first sample.
+        batch_size: the last batch of a task may be smaller.
+    """
+    by_task: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_task.setdefault(sample.task, []).append(sample)
+    return [
+        group[start : start + batch_size] for group in by_task.values() for start in range(0, len(group), batch_size)
+    ]
+
+
+def limit_per_task(samples: Sequence[Sample], count: int | None) -> list[Sample]:
+    """The first ``count`` samples of each task (all if there are fewer, or for None), order kept."""
+    seen: dict[str, int] = {}
+    kept = []
+    for sample in samples:
+        seen[sample.task] = seen.get(sample.task, 0) + 1
+        if count is None or seen[sample.task] <= count:
+            kept.append(sample)
+    return kept
+
+
+def content_hash(sample: Sample) -> str:
+    """``Sample.content_hash``, computed once per process for the same bytes and texts.
+
+    Raises:
+        DataError: the image or the audio cannot be decoded.
+    """
+    media = (b"-" if one is None else hashlib.sha256(one).digest() for one in (sample.image, sample.audio))
+    key = (*media, sample.question.encode(), sample.answer.encode())
+    if key not in _CONTENT_HASHES:
+        _CONTENT_HASHES[key] = sample.content_hash()
+    return _CONTENT_HASHES[key]
+
+
+def dataset_hash(samples: Iterable[Sample]) -> str:
+    """Hexadecimal SHA-256 of ids, tasks and contents, in order.
+
+    Raises:
+        DataError: an image or audio cannot be decoded.
+    """
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample.id}\0{sample.task}\0{content_hash(sample)}\n".encode())
+    return digest.hexdigest()
+
+
+def check_disjoint(calibration: Iterable[Sample], evaluation: Iterable[Sample]) -> None:
+    """Check that no evaluation sample is shown in calibration, whatever its id or container format.
+
+    Raises:
+        DataError: which ones are.
+    """
+    shown: dict[str, str] = {}
+    for sample in calibration:
+        shown.setdefault(content_hash(sample), sample.id)
+    overlap = [f"{sample.id} = {shown[key]}" for sample in evaluation if (key := content_hash(sample)) in shown]
+    if overlap:
+        more = "" if len(overlap) <= 5 else f" and {len(overlap) - 5} more"
+        raise DataError(
+            "calibration and evaluation must not share samples",
+            value=", ".join(overlap[:5]) + more,
+            remedy="calibrate on another split",
+        )
+
+
+def _read(path: Path) -> list[Sample]:
+    columns = _read_columns(path)
+    samples = [Sample(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+    seen: set[str] = set()
+    for sample in samples:
+        if sample.id in seen:
+            raise DataError(f"{path}: every id must occur once", value=sample.id, remedy="write the file again")
+        seen.add(sample.id)
+    return samples
+
+
+def _read_columns(path: Path) -> dict[str, list[Any]]:
+    from pyarrow import ArrowException, parquet
+
+    names = (*TEXT_COLUMNS, *MEDIA_COLUMNS)
+    if not path.is_file():
+        value = "a folder" if path.exists() else "no such file"
+        raise DataError(f"cannot read {path}", value=value, remedy="give the path of a Parquet file")
+    try:
+        # A file handle of its own: given a path, Arrow would look for a data set of several files around it.
+        with path.open("rb") as file, parquet.ParquetFile(file) as opened:
+            _require_columns(path, opened.schema_arrow)
+            table = opened.read(columns=list(names))
+    except (ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} must be a complete Parquet file",
+            value=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            remedy="copy or write the file again",
+        ) from error
+    columns = {name: table.column(name).to_pylist() for name in names}
+    for name in TEXT_COLUMNS:
+        if None in columns[name]:
+            row = columns[name].index(None)
+            raise DataError(
+                f"{path}: column {name} must have no null", value=f"row {row}", remedy="write the file again"
+            )
+    return columns
+
+
+def _require_columns(path: Path, schema: pyarrow.Schema) -> None:
+    """Check that every column is there and holds text or bytes."""
+    from pyarrow import types
+
+    def is_text(kind: pyarrow.DataType) -> bool:
+        return types.is_string(kind) or types.is_large_string(kind)
+
+    def is_media(kind: pyarrow.DataType) -> bool:
+        return types.is_binary(kind) or types.is_large_binary(kind) or types.is_null(kind)
+
+    for name in (*TEXT_COLUMNS, *MEDIA_COLUMNS):
+        if name not in schema.names:
+            raise DataError(
+                f"{path} must have the column {name}",
+                value=f"columns {', '.join(schema.names)}",
+                remedy=f"write it with {', '.join((*TEXT_COLUMNS, *MEDIA_COLUMNS))}",
+            )
+        kind = schema.field(name).type
+        if not (is_media if name in MEDIA_COLUMNS else is_text)(kind):
+            wanted = "binary" if name in MEDIA_COLUMNS else "string"
+            raise DataError(f"{path}: column {name} must be {wanted}", value=kind, remedy="write the file again")

@@ -1,0 +1,153 @@
+"""Replay of decoder blocks on calibration batches: inputs of the first block, outputs of any, statistics inside one.
+
+A batch runs through the towers and the embeddings once; afterwards blocks are called one at a time on cached hidden
+states, so memory holds one block's temporaries plus the cached activations.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from masq.calibration.statistics import GroupAccumulator, GroupStatistics
+from masq.errors import NumericalError
+from masq.models.base import GROUPS, Role
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+
+    from torch import nn
+
+    from masq.models.base import BlockAdapter, EncodedBatch, ModelAdapter
+
+
+@dataclass(frozen=True)
+class ReplayBatch:
+    """What every block needs besides its hidden input.
+
+    Attributes:
+        kwargs: keyword arguments of the decoder layer (attention mask, position embeddings, ...).
+        modality: int8 [B, T], -1 where padded.
+    """
+
+    kwargs: dict[str, Any]
+    modality: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BlockData:
+    """Calibration data of one block, by batch.
+
+    Attributes:
+        hidden: inputs [B, T, d], of the quantized chain when a block is to see the errors before it.
+        targets: float-chain outputs [B, T, d].
+        batches: what else the block needs.
+    """
+
+    hidden: Sequence[torch.Tensor]
+    targets: Sequence[torch.Tensor]
+    batches: Sequence[ReplayBatch]
+
+
+class _FirstBlockReachedError(Exception):
+    """Ends a forward pass once the inputs of the first block are known."""
+
+
+def capture(adapter: ModelAdapter, batches: Sequence[EncodedBatch]) -> tuple[list[torch.Tensor], list[ReplayBatch]]:
+    """Run towers and embeddings on every batch.
+
+    Args:
+        adapter: the float model.
+        batches: encoded samples.
+
+    Returns:
+        The input [B, T, d] of the first decoder block by batch, and what else the blocks need.
+    """
+    hidden: list[torch.Tensor] = []
+    replay: list[ReplayBatch] = []
+
+    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rest = dict(kwargs)
+        hidden.append((args[0] if args else rest.pop("hidden_states")).detach())
+        rest.pop("past_key_values", None)
+        replay.append(ReplayBatch({**rest, "use_cache": False}, batch.modality))
+        raise _FirstBlockReachedError
+
+    handle = adapter.blocks()[0].module.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        for batch in batches:
+            with torch.no_grad():
+                try:
+                    adapter.model(**batch.inputs, use_cache=False)
+                except _FirstBlockReachedError:
+                    continue
+    finally:
+        handle.remove()
+    return hidden, replay
+
+
+@torch.no_grad()
+def advance(block: BlockAdapter, hidden: torch.Tensor, batch: ReplayBatch, name: str) -> torch.Tensor:
+    """Output [B, T, d] of ``block``.
+
+    Raises:
+        NumericalError: a token that is not padding came out NaN or infinite.
+    """
+    output = block.forward(hidden, batch.kwargs)
+    if not torch.isfinite(output[batch.modality >= 0]).all():
+        raise NumericalError(
+            f"the output of {name} must be finite",
+            value="NaN or infinity",
+            remedy="raise model.dtype to float32 or use a wider scheme; finished blocks are kept",
+        )
+    return output
+
+
+@torch.no_grad()
+def collect(
+    block: BlockAdapter,
+    hidden: Sequence[torch.Tensor],
+    batches: Sequence[ReplayBatch],
+    *,
+    second_moment: Collection[str] = (),
+) -> dict[str, GroupStatistics]:
+    """Statistics, by modality, of the input of every group of linears of a block.
+
+    Args:
+        block: a block with float linears.
+        hidden: its input by batch, [B, T, d].
+        batches: the matching replay batches.
+        second_moment: groups whose second moment is wanted besides the absolute maximum.
+
+    Returns:
+        Statistics by group name.
+    """
+    accumulators = {group: GroupAccumulator(second_moment=group in second_moment) for group in GROUPS}
+    with _observed(block, accumulators) as current:
+        for hidden_btd, batch in zip(hidden, batches, strict=True):
+            current.clear()
+            current.append(batch.modality)
+            block.forward(hidden_btd, batch.kwargs)
+    return {group: accumulator.result() for group, accumulator in accumulators.items()}
+
+
+@contextmanager
+def _observed(block: BlockAdapter, accumulators: dict[str, GroupAccumulator]) -> Iterator[list[torch.Tensor]]:
+    """Feed the accumulators from the first linear of each group while the context lasts."""
+    current: list[torch.Tensor] = []
+
+    def observer(accumulator: GroupAccumulator) -> Any:
+        return lambda _module, args: accumulator.update(args[0], current[0])
+
+    handles = [
+        block.linear(Role(GROUPS[group][0])).register_forward_pre_hook(observer(accumulator))
+        for group, accumulator in accumulators.items()
+    ]
+    try:
+        yield current
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""From the error that rounding left to a correction of it."""

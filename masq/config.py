@@ -1,0 +1,289 @@
+"""The configuration of one run: what to load, how to quantize it, what to score.
+
+Plain dictionaries come in (from YAML, composed by Hydra or not), frozen dataclasses go on. Each part's class lives
+beside the code it configures, and its defaults live there and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from masq.calibration.config import CalibrationConfig
+from masq.compensation.config import Compensation, NoCompensation
+from masq.decoding import decode_dataclass, to_plain
+from masq.errors import ConfigError
+from masq.evaluation.config import EvaluationConfig
+from masq.files import canonical_hash
+from masq.models.architecture import input_sizes
+from masq.models.config import ModelConfig
+from masq.numerics.scheme import Scheme
+from masq.rounding.config import NearestRounding, NoRounding, Rounding
+from masq.transforms.config import NoRotation, NoSmoothing, Rotation, Smoothing
+
+_MODALITY_SMOOTHING = ("modality", "modality_learned")
+
+
+@dataclass(frozen=True, slots=True)
+class ModalityConfig:
+    """The set of modalities that is calibrated, learned and scored.
+
+    Attributes:
+        name: ``dual`` is text and vision (text and audio for a model without vision); ``tri`` is all three.
+    """
+
+    name: Literal["dual", "tri"] = "tri"
+
+
+@dataclass(frozen=True, slots=True)
+class MethodConfig:
+    """A method: four slots. No code asks for its name.
+
+    Attributes:
+        name: shown in tables and folder names.
+        description: one line, shown by ``masq plan``.
+        rotation: exact rewrite of the residual stream.
+        smoothing: exact rewrite that moves scale from activations into weights.
+        rounding: from float weights to integers; ``none`` leaves the model as it was loaded.
+        compensation: correction of the error that is left.
+    """
+
+    name: str
+    description: str = ""
+    rotation: Rotation = field(default_factory=NoRotation)
+    smoothing: Smoothing = field(default_factory=NoSmoothing)
+    rounding: Rounding = field(default_factory=NearestRounding)
+    compensation: Compensation = field(default_factory=NoCompensation)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the model stays as it was loaded."""
+        return isinstance(self.rounding, NoRounding)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputConfig:
+    """Where results go.
+
+    Attributes:
+        root: folder that holds one folder per run.
+        wandb: also log to Weights & Biases.
+        wandb_project: project to log to.
+    """
+
+    root: str = "runs"
+    wandb: bool = False
+    wandb_project: str = "masq"
+
+    def __post_init__(self) -> None:
+        """Reject an empty folder name.
+
+        Raises:
+            ConfigError: ``root`` is empty.
+        """
+        if not self.root:
+            raise ConfigError("root must not be empty", value="''", remedy="set output.root=FOLDER")
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """Everything one run depends on.
+
+    Attributes:
+        model: what is loaded.
+        modality: the active modalities.
+        scheme: number formats.
+        method: the four slots.
+        calibration: what is looked at.
+        evaluation: what is scored.
+        output: where results go.
+        seed: of every random stream, keyed further by stage and block.
+        threads: CPU threads, None for torch's choice. Recorded; does not change the identity.
+        preset: name of a set of overrides that was used, shown under tables.
+    """
+
+    model: ModelConfig
+    modality: ModalityConfig
+    scheme: Scheme
+    method: MethodConfig
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    seed: int = 0
+    threads: int | None = None
+    preset: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse combinations that cannot run or mean nothing.
+
+        Raises:
+            ConfigError: which rule is broken, by what, and the way out.
+        """
+        if self.seed < 0:
+            raise ConfigError("seed must not be negative", value=self.seed)
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError("threads must be positive", value=self.threads, remedy="set null for torch's choice")
+        active_modalities(self)
+        _check_method(self.method)
+        if not self.method.is_float:
+            _check_formats(self)
+
+
+def decode(plain: Mapping[str, Any]) -> RunConfig:
+    """Build a checked configuration from a plain dictionary.
+
+    Raises:
+        ConfigError: wrong key, name, value, type or combination; the message carries the dotted path and near matches.
+    """
+    return decode_dataclass(RunConfig, plain)
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a resolved ``config.yaml``, as every run leaves one behind; no Hydra is needed.
+
+    Args:
+        path: the file.
+        overrides: changes as ``a.b=value``, values in YAML.
+
+    Raises:
+        ConfigError: an unreadable file or override, or a configuration that cannot be run.
+    """
+    import yaml
+
+    try:
+        plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        changes = [(override.partition("="), override) for override in overrides]
+        values = [(key, separator, yaml.safe_load(value), whole) for (key, separator, value), whole in changes]
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}", value=error.strerror, remedy="check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} or an override is not YAML", value=str(error).replace("\n", " ")) from error
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{path} must hold the keys of a run", value=type(plain).__name__)
+    for key, separator, value, whole in values:
+        *parents, last = key.split(".")
+        node = plain
+        for parent in parents:
+            node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+        if not separator or not isinstance(node, dict):
+            raise ConfigError("an override must be KEY=VALUE of an existing group", value=whole)
+        node[last] = value
+    return decode(plain)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as JSON content; ``decode`` of it gives ``config`` again."""
+    return to_plain(config)
+
+
+def active_modalities(config: RunConfig) -> tuple[str, ...]:
+    """Modalities that are calibrated, learned and scored, text first.
+
+    Raises:
+        ConfigError: the model does not have what the set asks for.
+    """
+    available = config.model.modalities
+    wanted: tuple[str, ...] = ("text", "vision", "audio")
+    if config.modality.name == "dual":
+        wanted = ("text", "vision") if "vision" in available else ("text", "audio")
+    missing = [name for name in wanted if name not in available]
+    if missing:
+        raise ConfigError(
+            f"modality={config.modality.name} needs {' and '.join(wanted[1:])}, and {config.model.name} has no "
+            f"{' and no '.join(missing)}",
+            value=f"modalities of the model: {', '.join(available)}",
+            remedy="use modality=dual, or another model" if len(available) > 1 else "use another model",
+        )
+    return wanted
+
+
+def identity(config: RunConfig, data_hashes: Mapping[str, Any]) -> str:
+    """SHA-256 of what the results depend on: the configuration and the data.
+
+    Left out: where results go, the thread count, names of presets, descriptions, and the sizes that only
+    ``masq plan`` reads.
+
+    Args:
+        config: the configuration.
+        data_hashes: content hash of every data set used.
+    """
+    plain = to_dict(config)
+    for key in ("output", "threads", "preset"):
+        del plain[key]
+    del plain["evaluation"]["name"], plain["method"]["description"], plain["model"]["architecture"]
+    return canonical_hash({"config": plain, "data": dict(data_hashes)})
+
+
+def folder_name(config: RunConfig, key: str) -> str:
+    """Name of the run's folder: what a human looks for, then enough of the identity ``key`` to be unique."""
+    parts = (config.model.name, config.modality.name, config.scheme.name, config.method.name, key[:10])
+    return "-".join(part.replace("/", "_") for part in parts)
+
+
+def run_folder(config: RunConfig, key: str) -> Path:
+    """Folder of the run with identity ``key``."""
+    return Path(config.output.root) / folder_name(config, key)
+
+
+def notes(config: RunConfig) -> list[str]:
+    """What a reader of the record should know about settings that had no effect or bend the comparison."""
+    found = []
+    if config.method.is_float and not config.scheme.is_float:
+        found.append(f"method {config.method.name} keeps the float model: scheme {config.scheme.name} is ignored")
+    if isinstance(config.method.rounding, NearestRounding) and config.method.rounding.per_modality:
+        found.append(f"method {config.method.name} stores one weight per modality: an upper bound, not deployable")
+    return found
+
+
+def _check_method(method: MethodConfig) -> None:
+    name, smoothing, rounding = method.name, method.smoothing.kind, method.rounding
+    if not name:
+        raise ConfigError("method.name must not be empty", value="''")
+    if isinstance(rounding, NoRounding):
+        if smoothing != "none" or method.compensation.kind != "none":
+            raise ConfigError(
+                f"method {name} rounds nothing, so it can neither smooth nor compensate",
+                value=f"smoothing={smoothing}, compensation={method.compensation.kind}",
+                remedy="set method.rounding=nearest, or both to none",
+            )
+        return
+    if not rounding.per_modality:
+        return
+    if smoothing not in _MODALITY_SMOOTHING:
+        raise ConfigError(
+            "rounding.per_modality needs factors per modality: with one factor all its weights are equal",
+            value=f"method.smoothing={smoothing}",
+            remedy="set method.smoothing=modality or modality_learned, or method.rounding=nearest",
+        )
+    if method.compensation.kind != "none":
+        raise ConfigError(
+            "compensation corrects one shared weight, and rounding.per_modality has none",
+            value=f"method.compensation={method.compensation.kind}",
+            remedy="set method.compensation=none, or method.rounding=nearest",
+        )
+
+
+def _check_formats(config: RunConfig) -> None:
+    weight = config.scheme.weight
+    if weight is None:
+        raise ConfigError(
+            f"scheme {config.scheme.name} leaves nothing for method {config.method.name} to round",
+            value=f"scheme={config.scheme.name}, method={config.method.name}",
+            remedy="use method=none for the float model, or a scheme with integer weights",
+        )
+    if weight.group_size is None or config.model.architecture is None:
+        return
+    sizes = input_sizes(config.model.architecture, config.scheme.roles)
+    common = math.gcd(*sizes)
+    if common % weight.group_size:
+        remedy = f"Name a scheme of your own: scheme.name=NAME scheme.weight.group_size=N, with N a divisor of {common}"
+        if common % 64 == 0:
+            remedy = f"Use scheme=w4a16_g64, or another divisor of {common}"
+        raise ConfigError(
+            f"the group size must divide the input channels of every quantized linear of {config.model.name}",
+            value=f"scheme {config.scheme.name} has groups of {weight.group_size}, inputs have {sizes} channels",
+            remedy=remedy,
+        )

@@ -1,0 +1,1 @@
+"""Scores: tasks answered through generation, and fidelity to the float model by modality."""

@@ -1,0 +1,50 @@
+"""What evaluation scores. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from masq.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationConfig:
+    """The evaluation set and how answers are generated (always greedily).
+
+    Attributes:
+        name: of this choice, shown under tables.
+        samples_per_task: how many samples of each task are scored, None for the whole split.
+        batch_size: samples per batch; batches are a fixed function of the sample order.
+        max_new_tokens: longest answer.
+        tasks: the tasks to score, None for all that the active modalities allow.
+        source: ``auto`` for the evaluation split that comes with an embedded model, or a Parquet file.
+        fidelity_samples_per_task: samples of each task behind SQNR, NLL and KL, None for all scored ones.
+        max_failure_share: a task with a larger share of empty, truncated or repeating answers fails its score.
+    """
+
+    name: str = "full"
+    samples_per_task: int | None = None
+    batch_size: int = 20
+    max_new_tokens: int = 12
+    tasks: tuple[str, ...] | None = None
+    source: str = "auto"
+    fidelity_samples_per_task: int | None = None
+    max_failure_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Reject empty sets.
+
+        Raises:
+            ConfigError: a count below 1, a share outside [0, 1], or an empty list of tasks.
+        """
+        for name in ("samples_per_task", "fidelity_samples_per_task"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ConfigError(f"{name} must be positive", value=count, remedy="set null for all samples")
+        for name in ("batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be positive", value=getattr(self, name))
+        if not 0 <= self.max_failure_share <= 1:
+            raise ConfigError("max_failure_share must lie between 0 and 1", value=self.max_failure_share)
+        if self.tasks is not None and not self.tasks:
+            raise ConfigError("tasks must name at least one task", value="[]", remedy="set null for all tasks")

@@ -1,0 +1,1 @@
+"""Models behind one contract: roles of linears, blocks, the modality of every token; one file per family."""

@@ -1,0 +1,342 @@
+"""What the rest of masq may know about a model: linears by role, the modality of every token, text in and text out.
+
+Nothing outside ``masq/models`` knows a module path or a family name. A new family is one file with a ``BlockAdapter``
+and a ``ModelAdapter``, and one line in ``loading.py``.
+
+Shapes: B batch, T tokens, d hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from masq.errors import ModelError
+from masq.models.tokens import real_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
+
+
+class Modality(IntEnum):
+    """What a token carries; the value is the id stored in int8 modality tensors."""
+
+    PADDING = -1
+    TEXT = 0
+    VISION = 1
+    AUDIO = 2
+
+
+class Role(StrEnum):
+    """A linear of a decoder block, by what it computes."""
+
+    QUERY = "query"
+    KEY = "key"
+    VALUE = "value"
+    OUTPUT = "output"
+    GATE = "gate"
+    UP = "up"
+    DOWN = "down"
+
+
+GROUPS: dict[str, tuple[Role, ...]] = {
+    "qkv": (Role.QUERY, Role.KEY, Role.VALUE),
+    "output": (Role.OUTPUT,),
+    "gate_up": (Role.GATE, Role.UP),
+    "down": (Role.DOWN,),
+}
+"""Linears that read the same input, by group name, in the order in which a block computes them."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question and its answer, with encoded media.
+
+    Attributes:
+        id: unique within a data set.
+        task: name of the task that scores it.
+        question: text shown to the model; empty for prose.
+        answer: the expected answer; for prose the passage itself.
+        image: an encoded picture (PNG), or None.
+        audio: an encoded waveform (FLAC or WAV), or None.
+    """
+
+    id: str
+    task: str
+    question: str
+    answer: str
+    image: bytes | None = None
+    audio: bytes | None = None
+
+    @property
+    def is_prose(self) -> bool:
+        """Whether the sample is a plain passage, encoded without a chat template."""
+        return not self.question and self.image is None and self.audio is None
+
+    @property
+    def modalities(self) -> frozenset[Modality]:
+        """Modalities of its tokens (text always)."""
+        media = {Modality.VISION: self.image, Modality.AUDIO: self.audio}
+        return frozenset({Modality.TEXT, *(modality for modality, data in media.items() if data is not None)})
+
+    def content_hash(self) -> str:
+        """sha256 of what the model is shown, whatever the container: RGB bytes and size, float32 waveform, texts.
+
+        Raises:
+            DataError: the image or the audio cannot be decoded.
+        """
+        from masq.models.prompts import decode_image, decode_waveform
+
+        digest = hashlib.sha256()
+
+        def add(label: str, content: bytes) -> None:
+            digest.update(f"{label}:{len(content)}:".encode())
+            digest.update(content)
+
+        if self.image is not None:
+            picture = decode_image(self)
+            add(f"image {picture.width}x{picture.height}", picture.tobytes())
+        if self.audio is not None:
+            waveform, rate = decode_waveform(self)
+            add(f"audio {rate}", waveform.tobytes())
+        add("question", self.question.encode())
+        add("answer", self.answer.encode())
+        return digest.hexdigest()
+
+
+@dataclass
+class EncodedBatch:
+    """Samples as a model takes them, left-padded.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward pass.
+        modality: int8 [B, T], -1 where padded.
+        answer_mask: bool [B, T], the tokens whose likelihood is scored.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    modality: torch.Tensor
+    answer_mask: torch.Tensor
+
+    def to(self, device: torch.device | str) -> EncodedBatch:
+        """The same batch on ``device``."""
+        return EncodedBatch(
+            {name: value.to(device) for name, value in self.inputs.items()},
+            self.modality.to(device),
+            self.answer_mask.to(device),
+        )
+
+
+class BlockAdapter(ABC):
+    """One decoder block, by role.
+
+    Attributes:
+        num_heads: query heads.
+        num_kv_heads: key and value heads; it divides ``num_heads``.
+        head_dim: channels of one head.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """The decoder layer itself (for hooks, parameters, state)."""
+
+    @abstractmethod
+    def linear(self, role: Role) -> nn.Module:
+        """The module now in the place of the linear ``role``: ``nn.Linear`` until it is replaced."""
+
+    @abstractmethod
+    def set_linear(self, role: Role, module: nn.Module) -> None:
+        """Put ``module`` in the place of the linear ``role``."""
+
+    @abstractmethod
+    def norm(self, group: str) -> nn.Module | None:
+        """The norm whose output feeds ``group`` directly and feeds nothing else, or None.
+
+        Raises:
+            ModelError: ``group`` is not a key of ``GROUPS``.
+        """
+
+    def forward(self, hidden: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """Output [B, T, d] of the block for input ``hidden`` [B, T, d].
+
+        Args:
+            hidden: block input.
+            kwargs: what the model passes besides (attention mask, position embeddings, ...), as captured by a hook.
+        """
+        output = self.module(hidden, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+class ModelAdapter(ABC):
+    """A loaded multimodal model and its processor behind one contract.
+
+    Attributes:
+        model: the transformers model, in evaluation mode.
+        processor: its transformers processor.
+        tokenizer: the processor's tokenizer.
+        modalities: modalities that the model takes, text first.
+        min_pixels: smallest image area after resizing, None to keep the processor's.
+        max_pixels: largest image area after resizing, None to keep the processor's.
+        end_ids: token ids that end an answer, the tokenizer's own first.
+        pad_id: token id that fills padded positions.
+    """
+
+    modalities: tuple[Modality, ...] = (Modality.TEXT,)
+
+    def __init__(
+        self, model: Any, processor: Any, *, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> None:
+        from masq.models import generation
+
+        self.model = model.eval()
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.min_pixels = min_pixels
+        self.max_pixels = max_pixels
+        self.end_ids = generation.end_ids(self.tokenizer, model.generation_config)
+        self.pad_id = int(self.end_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
+        self._placeholders = self.placeholders()
+        self._table = torch.zeros(0, dtype=torch.int8)
+        # generate() fills what a caller leaves open from here; a published file would make it sample.
+        self.model.generation_config = generation.greedy_config(self.end_ids, self.pad_id, self._placeholders)
+        self.check_blocks()
+
+    @abstractmethod
+    def blocks(self) -> list[BlockAdapter]:
+        """Decoder blocks in order of execution."""
+
+    @abstractmethod
+    def embeddings(self) -> nn.Embedding:
+        """Token embeddings."""
+
+    @abstractmethod
+    def head(self) -> nn.Linear:
+        """The linear that writes the logits (its weight may be the embeddings')."""
+
+    @abstractmethod
+    def final_norm(self) -> nn.Module:
+        """The norm between the last block and the head."""
+
+    @abstractmethod
+    def projectors(self) -> list[nn.Linear]:
+        """The last linear of each tower: the writers of image and audio tokens into the residual stream."""
+
+    @abstractmethod
+    def placeholders(self) -> dict[int, Modality]:
+        """Modality by token id, for the ids that stand for a piece of image, video or audio."""
+
+    @abstractmethod
+    def block_attention_kinds(self) -> tuple[str, ...]:
+        """The kind of attention mask that each block takes ("full_attention", "sliding_attention", ...)."""
+
+    def check_blocks(self) -> None:
+        """Check that one capture of a block's keyword arguments serves every block.
+
+        Raises:
+            ModelError: the blocks take different attention masks.
+        """
+        kinds = self.block_attention_kinds()
+        if len(set(kinds)) > 1:
+            raise ModelError(
+                "all decoder blocks must take the same attention mask, because each is replayed with the captured one",
+                value=", ".join(sorted(set(kinds))),
+                remedy="switch sliding-window attention off in the model's configuration",
+            )
+
+    def residual_writers(self) -> list[nn.Module]:
+        """Every module that writes into the residual stream, biases included: a rotation multiplies their outputs."""
+        blocks = self.blocks()
+        ends = [block.linear(role) for block in blocks for role in (Role.OUTPUT, Role.DOWN)]
+        return [self.embeddings(), *self.projectors(), *ends]
+
+    def residual_readers(self) -> list[nn.Module]:
+        """Every linear that reads the (normed) residual stream: a rotation multiplies their inputs."""
+        roles = (*GROUPS["qkv"], *GROUPS["gate_up"])
+        return [*(block.linear(role) for block in self.blocks() for role in roles), self.head()]
+
+    def modality_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Modality of every token of a forward call, from its own arguments alone.
+
+        Args:
+            inputs: keyword arguments of the model; ``input_ids`` int64 [B, T] is needed. For the forms that
+                ``attention_mask`` may take, see ``masq.models.tokens.real_tokens``.
+
+        Returns:
+            int8 [B, T].
+
+        Raises:
+            ModelError: no ``input_ids``, or a mask that does not cover the tokens.
+        """
+        ids = inputs.get("input_ids")
+        if ids is None:
+            raise ModelError(
+                "the modality of tokens is looked up from input_ids",
+                value=f"arguments {sorted(name for name, value in inputs.items() if value is not None)}",
+                remedy="pass input_ids, or give the modality ids explicitly (ModalityContext.override)",
+            )
+        table = self._modality_table(ids.device)
+        modality = table[ids.clamp(min=0, max=len(table) - 1)]
+        real = real_tokens(inputs.get("attention_mask"), ids.shape[0], ids.shape[1], inputs.get("past_key_values"))
+        return modality if real is None else modality.masked_fill(~real, int(Modality.PADDING))
+
+    def _modality_table(self, device: torch.device) -> torch.Tensor:
+        """Modality id by token id; ids past the last placeholder share the final entry, text."""
+        if self._table.device != device or not self._table.numel():
+            table = torch.zeros(max(self._placeholders, default=0) + 2, dtype=torch.int8)
+            for token_id, modality in self._placeholders.items():
+                table[token_id] = int(modality)
+            self._table = table.to(device)
+        return self._table
+
+    def encode(self, samples: Sequence[Sample], *, with_answer: bool) -> EncodedBatch:
+        """Turn samples into one left-padded batch on the model's device.
+
+        The prompt is the processor's chat template around image, audio, question (in that order); a prose sample is its
+        plain text. Answers are tokenized apart and appended with the end token, so a prompt's tokens do not depend on
+        whether its answer follows.
+
+        Args:
+            samples: at least one.
+            with_answer: append the answer and the end token.
+
+        Returns:
+            The batch; ``answer_mask`` marks the answer and its end token, or all but the first token of prose.
+
+        Raises:
+            ModelError: a sample carries a modality that the model does not take.
+            DataError: unreadable media, a wrong sampling rate, a placeholder token inside a text.
+        """
+        from masq.models import prompts
+
+        return prompts.encode(self, samples, with_answer=with_answer)
+
+    def generate(self, batch: EncodedBatch, max_new_tokens: int) -> list[list[int]]:
+        """Greedy answers, with the KV cache; media placeholders are never generated.
+
+        Args:
+            batch: encoded without answers.
+            max_new_tokens: upper bound on the length of an answer.
+
+        Returns:
+            By sample, the generated ids up to and with the first end token (one of ``end_ids``). An answer that never
+            ended has ``max_new_tokens`` ids, none of them an end token.
+        """
+        from masq.models import generation
+
+        return generation.greedy(self, batch, max_new_tokens)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated ids, special tokens left out."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

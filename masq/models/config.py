@@ -1,0 +1,110 @@
+"""Which model, from where, in which precision. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from masq.errors import ConfigError
+
+ModalityName = Literal["text", "vision", "audio"]
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Sizes of the language model, so that ``masq plan`` can count before any weight is read.
+
+    Attributes:
+        hidden_size: width of the residual stream.
+        num_layers: decoder blocks.
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
+        intermediate_size: width inside the MLP.
+        vocab_size: rows of the embedding.
+        head_dim: size of a head, ``hidden_size / num_heads`` if None.
+        tower_parameters: parameters of the vision and audio towers and their projectors together.
+        tied_embeddings: whether the head is the embedding.
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    vocab_size: int
+    head_dim: int | None = None
+    tower_parameters: int = 0
+    tied_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        """Reject impossible sizes.
+
+        Raises:
+            ConfigError: a size is not positive, or heads do not divide.
+        """
+        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be positive", value=getattr(self, name))
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                "num_kv_heads must divide num_heads", value=f"{self.num_kv_heads} does not divide {self.num_heads}"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ConfigError(
+                "num_heads must divide hidden_size where head_dim is not given",
+                value=f"{self.num_heads} does not divide {self.hidden_size}",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A model to load.
+
+    Attributes:
+        name: shown in tables and folder names.
+        family: which adapter understands it.
+        source: ``zoo:NAME`` for an embedded model, a checkpoint folder, or a hub id.
+        modalities: what it understands; text is always among them.
+        dtype: precision of the float model.
+        device: torch device, for example ``cpu`` or ``cuda:0``.
+        attention: attention implementation of transformers.
+        revision: hub revision, None for the default one.
+        trust_remote_code: run code that comes with a checkpoint; off unless asked for.
+        min_pixels: lower pixel budget of an image, None for the processor's own. Scores move with it.
+        max_pixels: upper pixel budget of an image, None for the processor's own. Scores move with it.
+        architecture: sizes for ``masq plan``; None reads them from the checkpoint folder.
+    """
+
+    name: str
+    family: Literal["qwen2_5_omni", "qwen2_5_vl"]
+    source: str
+    modalities: tuple[ModalityName, ...]
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    device: str = "cpu"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    architecture: Architecture | None = None
+
+    def __post_init__(self) -> None:
+        """Reject impossible models.
+
+        Raises:
+            ConfigError: an empty name or source, missing text, repeated modalities, or a reversed pixel budget.
+        """
+        if not self.name or not self.source:
+            raise ConfigError("name and source must not be empty", value=f"name={self.name!r}, source={self.source!r}")
+        if "text" not in self.modalities or len(set(self.modalities)) != len(self.modalities):
+            raise ConfigError("modalities must contain text, and each once", value=list(self.modalities))
+        if self.family == "qwen2_5_vl" and "audio" in self.modalities:
+            raise ConfigError(
+                "a qwen2_5_vl model has no audio", value=list(self.modalities), remedy="use a qwen2_5_omni model"
+            )
+        for name in ("min_pixels", "max_pixels"):
+            pixels = getattr(self, name)
+            if pixels is not None and pixels < 1:
+                raise ConfigError(f"{name} must be positive", value=pixels)
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ConfigError("min_pixels must not exceed max_pixels", value=f"{self.min_pixels} > {self.max_pixels}")

@@ -1,0 +1,205 @@
+"""From a ``ModelConfig`` to a ready ``ModelAdapter``: embedded models, checkpoint folders, hub ids.
+
+A checkpoint is read by transformers' own ``from_pretrained`` with its own mapping of published names, safetensors only.
+Whatever can be checked without reading weights is checked first.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from masq.errors import ModelError
+from masq.models import checkpoint
+from masq.models.base import Modality
+from masq.registry import Registry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from masq.models.base import ModelAdapter
+    from masq.models.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+FAMILIES: Registry[Any] = Registry("model family")
+FAMILIES.register("qwen2_5_vl", "masq.models.qwen2_5_vl:Qwen25VLAdapter")
+FAMILIES.register("qwen2_5_omni", "masq.models.qwen2_5_omni:Qwen25OmniAdapter")
+
+ZOO: Registry[Any] = Registry("embedded model")
+ZOO.register("nano_vl", "masq.models.zoo.nano:load_vl")
+ZOO.register("nano_omni", "masq.models.zoo.nano:load_omni")
+ZOO.register("smol_omni", "masq.models.loading:load_smol_omni")
+
+ZOO_PREFIX = "zoo:"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+DOWNLOADED_CODE = "*.py"
+
+
+def load(config: ModelConfig) -> ModelAdapter:
+    """Load a float model and its processor.
+
+    Args:
+        config: family, source and precision.
+
+    Returns:
+        The adapter, its model in evaluation mode on the configured device; its ``modalities`` are the configured ones.
+
+    Raises:
+        ConfigError: unknown family or embedded model.
+        ModelError: a modality that the family lacks, an unavailable device, a wrong, missing or truncated checkpoint.
+    """
+    family = FAMILIES.get(config.family)
+    modalities = _modalities(config, family)
+    device = _device(config.device)
+    if config.source.startswith(ZOO_PREFIX):
+        model, processor = _from_zoo(config, family)
+    else:
+        model, processor = _from_checkpoint(config, family)
+    # Gradients are only ever asked for of masq's own parameters.
+    model.requires_grad_(False)
+    adapter = family(model.to(device), processor, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    adapter.modalities = modalities
+    return adapter
+
+
+def _modalities(config: ModelConfig, family: Any) -> tuple[Modality, ...]:
+    asked = {Modality[name.upper()] for name in config.modalities}
+    lacking = sorted(modality.name.lower() for modality in asked - set(family.modalities))
+    if lacking:
+        raise ModelError(
+            "a model can only be asked for modalities of its family",
+            value=f"{', '.join(lacking)} of {config.family}, which takes "
+            + ", ".join(modality.name.lower() for modality in family.modalities),
+            remedy="choose a model of another family, or fewer modalities",
+        )
+    return tuple(modality for modality in family.modalities if modality in asked)
+
+
+def _device(name: str) -> torch.device:
+    """The device, proved to work: an unavailable one should not be found out after the weights are read."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            "the device must exist on this machine",
+            value=f"{name}: {str(error).splitlines()[0]}",
+            remedy="set model.device=cpu",
+        ) from error
+    return device
+
+
+def _from_zoo(config: ModelConfig, family: Any) -> tuple[Any, Any]:
+    build: Callable[[ModelConfig], tuple[Any, Any]] = ZOO.get(config.source.removeprefix(ZOO_PREFIX))
+    model, processor = build(config)
+    if model.config.model_type not in family.model_types:
+        raise ModelError(
+            "the embedded model must be of the configured family",
+            value=f"{config.source} is a {model.config.model_type}, the family is {config.family}",
+            remedy="set model.family to match",
+        )
+    return model, processor
+
+
+def load_smol_omni(config: ModelConfig) -> tuple[Any, Any]:
+    """The embedded tri-modal model around SmolLM2-135M, and its processor."""
+    from masq.models.zoo import smol_omni
+
+    model = smol_omni.build_model(getattr(torch, config.dtype), config.device)
+    model.set_attn_implementation(config.attention)
+    return model, smol_omni.build_processor()
+
+
+def _from_checkpoint(config: ModelConfig, family: Any) -> tuple[Any, Any]:
+    """Model and processor of a folder or hub id; files first, the processor next, the weights last."""
+    folder = _folder(config)
+    checkpoint.check(folder, family.model_types)
+    model_class, processor_class = family.classes()
+    shared: dict[str, Any] = {"local_files_only": True, "trust_remote_code": config.trust_remote_code}
+    try:
+        processor = processor_class.from_pretrained(folder, **shared)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(
+            "a checkpoint folder must contain its processor's and tokenizer's files",
+            value=f"{folder}: {_first_line(error)}",
+            remedy="download preprocessor_config.json, tokenizer.json, tokenizer_config.json and the chat template",
+        ) from error
+    logger.info("reading %s", folder)
+    return _read_weights(model_class, folder, config, shared), processor
+
+
+def _read_weights(model_class: Any, folder: Path, config: ModelConfig, shared: dict[str, Any]) -> Any:
+    """The model, every one of its parameters read from ``folder``."""
+    try:
+        model, info = model_class.from_pretrained(
+            folder,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            **shared,
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise ModelError(
+            "transformers must be able to read the checkpoint",
+            value=f"{folder}: {_first_line(error)}",
+            remedy="compare config.json with the weights, or download both again",
+        ) from error
+    _check_keys(info, folder)
+    return model
+
+
+def _check_keys(info: dict[str, Any], folder: Path) -> None:
+    """Refuse a load after which a parameter is still random, or a stored tensor went nowhere."""
+    unexpected = [key for key in info["unexpected_keys"] if not key.startswith(checkpoint.SKIPPED_PREFIXES)]
+    problems = {
+        "missing": info["missing_keys"],
+        "mismatched": info["mismatched_keys"],
+        "unexpected": unexpected,
+        "failed": info["error_msgs"],
+    }
+    found = [f"{len(keys)} {kind} (first: {_first(keys)})" for kind, keys in problems.items() if keys]
+    if found:
+        raise ModelError(
+            "the weights must fit the model exactly",
+            value=f"{folder}: {'; '.join(found)}",
+            remedy="compare config.json with the weights, or download both again",
+        )
+
+
+def _first(keys: Any) -> object:
+    return sorted(keys, key=str)[0]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _folder(config: ModelConfig) -> Path:
+    """The local folder of ``config.source``, downloaded first if it is a hub id."""
+    path = Path(config.source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not HUB_ID.fullmatch(config.source):
+        raise ModelError(
+            "model.source must be zoo:NAME, an existing checkpoint folder, or a hub id OWNER/NAME",
+            value=config.source,
+            remedy=f"check the path; embedded models are {', '.join(ZOO.names())}",
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = [*DOWNLOADED, *([DOWNLOADED_CODE] if config.trust_remote_code else [])]
+    try:
+        return Path(snapshot_download(config.source, revision=config.revision, allow_patterns=patterns))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            "a hub id must be downloadable, or already in the local cache",
+            value=f"{config.source}: {_first_line(error)}",
+            remedy="check the name and the connection, or give a checkpoint folder",
+        ) from error

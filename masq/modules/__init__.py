@@ -1,0 +1,1 @@
+"""What replaces a float linear, and how it learns the modality of every token."""

@@ -1,0 +1,91 @@
+"""Stored bits of a quantized model: what `effective_bits` in a record means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from masq.models.base import GROUPS, Role
+from masq.modules.quant_linear import QuantLinear
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+    from torch import nn
+
+    from masq.models.base import BlockAdapter
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bits stored for the decoder linears, by what they hold.
+
+    Attributes:
+        num_weights: number of weight elements of the linears, quantized or not.
+        codes: bits of the weight integers (or of the float weights of unquantized linears).
+        scales: bits of scales and zero points.
+        smoothing: bits of the smoothing vectors, once per shared input.
+        adapters: bits of the low-rank corrections.
+    """
+
+    num_weights: int = 0
+    codes: int = 0
+    scales: int = 0
+    smoothing: int = 0
+    adapters: int = 0
+
+    @property
+    def effective_bits(self) -> float:
+        """Stored bits per weight element, everything counted."""
+        return (self.codes + self.scales + self.smoothing + self.adapters) / max(self.num_weights, 1)
+
+    def __add__(self, other: Footprint) -> Footprint:
+        """Add up two footprints."""
+        return Footprint(
+            self.num_weights + other.num_weights,
+            self.codes + other.codes,
+            self.scales + other.scales,
+            self.smoothing + other.smoothing,
+            self.adapters + other.adapters,
+        )
+
+    def to_dict(self) -> dict[str, float]:
+        """The `effective_bits` part of a record, in bits per weight element."""
+        count = max(self.num_weights, 1)
+        return {
+            "total": self.effective_bits,
+            "codes": self.codes / count,
+            "scales": self.scales / count,
+            "smoothing": self.smoothing / count,
+            "adapters": self.adapters / count,
+            "adapter_bytes": self.adapters / 8,
+            "num_weights": self.num_weights,
+        }
+
+
+def footprint(blocks: Iterable[BlockAdapter]) -> Footprint:
+    """Footprint of the decoder linears of ``blocks``."""
+    total = Footprint()
+    for block in blocks:
+        for roles in GROUPS.values():
+            for position, role in enumerate(roles):
+                total += _linear_footprint(block.linear(Role(role)), counts_smoothing=position == 0)
+    return total
+
+
+def _linear_footprint(linear: nn.Module, *, counts_smoothing: bool) -> Footprint:
+    """Footprint of one linear; the linears of a group share one smoothing table, counted at the first."""
+    if not isinstance(linear, QuantLinear):
+        weight: torch.Tensor = linear.weight  # type: ignore[assignment]
+        return Footprint(num_weights=weight.numel(), codes=weight.numel() * weight.element_size() * 8)
+    buffers = dict(linear.named_buffers())
+    stored = {name: tensor.numel() * tensor.element_size() * 8 for name, tensor in buffers.items()}
+    codes = sum(tensor.numel() for name, tensor in buffers.items() if name.startswith("codes_"))
+    return Footprint(
+        num_weights=linear.in_features * linear.out_features,
+        codes=codes * linear.weight_format.bits,
+        scales=sum(bits for name, bits in stored.items() if name.startswith(("scale_", "zero_point_"))),
+        smoothing=stored.get("inverse_smoothing", 0) if counts_smoothing else 0,
+        adapters=sum(bits for name, bits in stored.items() if name.startswith(("left_", "right_"))),
+    )

@@ -1,0 +1,192 @@
+"""The quantized linear layer, simulated on integer codes.
+
+Shapes: B batch, T tokens, N = B*T rows, I input channels, O output channels, R rank, M number of modalities.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from masq.errors import ModelError
+from masq.models.base import Modality
+from masq.numerics.affine import QuantizedTensor, quantize
+from masq.numerics.integer_gemm import integer_matmul
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from masq.modules.modality import ModalityContext
+    from masq.numerics.scheme import TensorFormat
+
+TOKEN_MODALITIES = tuple(modality for modality in Modality if modality is not Modality.PADDING)
+_TEXT = Modality.TEXT.name.lower()
+
+
+class QuantLinear(nn.Module):
+    """``y = Q(x / s_m) W_hat^T (+ (x / s_m) L1_m L2_m) + bias``, m being the modality of a row (arXiv 2603.04800).
+
+    The GEMM runs on the integer codes and is exact; scales are applied to the int32 result in float32, so the
+    simulation equals what an integer kernel computes. Low-rank corrections run in the dtype of the model on
+    the smoothed, unquantized rows of their modality only: text rows, and so every decoding step, never touch one.
+
+    Args:
+        weights: the stored integer weight, codes [O, I]. One entry (text) serves all modalities; one entry per
+            modality is the non-deployable upper bound of modality-aware smoothing.
+        bias: [O] or None.
+        activation: format of the activations, None leaves them unquantized.
+        context: tells the modality of every row.
+        smoothing: factor s_m [I] by modality, None for no run-time smoothing. Text must be present; a modality that
+            calibration never saw uses the factor of text.
+        corrections: (L1 [I, R], L2 [R, O]) by modality.
+        dtype: dtype of corrections and bias.
+    """
+
+    bias: torch.Tensor | None
+    inverse_smoothing: torch.Tensor | None
+
+    def __init__(
+        self,
+        *,
+        weights: Mapping[Modality, QuantizedTensor],
+        bias: torch.Tensor | None,
+        activation: TensorFormat | None,
+        context: ModalityContext,
+        smoothing: Mapping[Modality, torch.Tensor] | None = None,
+        corrections: Mapping[Modality, tuple[torch.Tensor, torch.Tensor]] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if Modality.TEXT not in weights:
+            raise ModelError(
+                "a quantized linear needs a weight for text",
+                value=sorted(weights),
+                remedy="pass weights[Modality.TEXT]",
+            )
+        self.activation = activation
+        self.context = context
+        self.weight_format = weights[Modality.TEXT].format
+        self.out_features, self.in_features = weights[Modality.TEXT].codes.shape
+        for modality, weight in weights.items():
+            self._register_weight(modality.name.lower(), weight)
+        self.weight_modalities = tuple(sorted(weights))
+        self.register_buffer("bias", None if bias is None else bias.detach().to(dtype).clone())
+        self.register_buffer("inverse_smoothing", None if smoothing is None else _inverse_table(smoothing))
+        self.correction_modalities = tuple(sorted(corrections or ()))
+        for modality, (left, right) in (corrections or {}).items():
+            self.register_buffer(f"left_{modality.name.lower()}", left.to(dtype).contiguous())
+            self.register_buffer(f"right_{modality.name.lower()}", right.to(dtype).contiguous())
+
+    def _register_weight(self, name: str, weight: QuantizedTensor) -> None:
+        self.register_buffer(f"codes_{name}", weight.codes.contiguous())
+        self.register_buffer(f"scale_{name}", weight.scale)
+        self.register_buffer(f"zero_point_{name}", weight.zero_point)
+        integer = self.activation is not None and weight.format.symmetric and weight.scale.shape[-1] == 1
+        # Only formats without an integer GEMM pay for a float copy of the weight.
+        self.register_buffer(f"float_{name}", None if integer else weight.dequantize(torch.float32), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [B, T, I] to [B, T, O] in the dtype of ``x``.
+
+        Raises:
+            ModelError: the modality of the tokens is unknown (see ``ModalityContext.current``).
+        """
+        batch, tokens = x.shape[0], x.shape[1]
+        modality = self.context.current(batch, tokens).reshape(-1).to(x.device)
+        rows_ni = x.reshape(-1, self.in_features).float()
+        if self.inverse_smoothing is not None:
+            # Padding rows (-1) take the factor of text; their output is never read.
+            rows_ni = rows_ni * self.inverse_smoothing[modality.clamp(min=0).long()]
+        y_no = self._base(rows_ni, modality)
+        for correction in self.correction_modalities:
+            self._add_correction(y_no, rows_ni, modality, correction, x.dtype)
+        if self.bias is not None:
+            y_no += self.bias
+        return y_no.to(x.dtype).view(batch, tokens, self.out_features)
+
+    def _base(self, rows_ni: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
+        """Product with the stored weight(s): [N, I] -> float32 [N, O]."""
+        codes, scale = rows_ni, None
+        if self.activation is not None:
+            quantized = quantize(rows_ni, self.activation)
+            codes, scale = quantized.codes, quantized.scale
+        if len(self.weight_modalities) == 1:
+            return self._product(codes, scale, _TEXT)
+        y_no = rows_ni.new_zeros(rows_ni.shape[0], self.out_features)
+        for name in TOKEN_MODALITIES:
+            is_text = name is Modality.TEXT
+            rows = ((modality <= 0) if is_text else (modality == name)).nonzero().squeeze(1)
+            if rows.numel():
+                weight = name.name.lower() if name in self.weight_modalities else _TEXT
+                y_no[rows] = self._product(codes[rows], None if scale is None else scale[rows], weight)
+        return y_no
+
+    def _product(self, codes: torch.Tensor, scale: torch.Tensor | None, weight: str) -> torch.Tensor:
+        dense = getattr(self, f"float_{weight}")
+        if dense is not None:
+            y_no = functional.linear(codes.float(), dense)
+            return y_no if scale is None else y_no * scale
+        assert scale is not None
+        y_no = integer_matmul(codes, getattr(self, f"codes_{weight}")).float()
+        return y_no.mul_(scale).mul_(getattr(self, f"scale_{weight}").view(1, -1))
+
+    def _add_correction(
+        self, y_no: torch.Tensor, rows_ni: torch.Tensor, modality: torch.Tensor, which: Modality, dtype: torch.dtype
+    ) -> None:
+        rows = (modality == which).nonzero().squeeze(1)
+        if rows.numel():
+            y_no[rows] += self.low_rank(rows_ni[rows].to(dtype), which).float()
+
+    def low_rank(self, rows: torch.Tensor, modality: Modality) -> torch.Tensor:
+        """Correction of smoothed rows [n, I] of one modality: [n, O]."""
+        name = modality.name.lower()
+        return rows @ getattr(self, f"left_{name}") @ getattr(self, f"right_{name}")
+
+    @classmethod
+    def from_state(
+        cls,
+        state: Mapping[str, torch.Tensor],
+        *,
+        weight: TensorFormat,
+        activation: TensorFormat | None,
+        context: ModalityContext,
+        dtype: torch.dtype,
+    ) -> QuantLinear:
+        """Rebuild a layer from its ``state_dict()``, bit for bit."""
+        by_name = {modality.name.lower(): modality for modality in TOKEN_MODALITIES}
+        weights = {
+            modality: QuantizedTensor(
+                state[f"codes_{name}"], state[f"scale_{name}"], state.get(f"zero_point_{name}"), weight
+            )
+            for name, modality in by_name.items()
+            if f"codes_{name}" in state
+        }
+        corrections = {
+            modality: (state[f"left_{name}"], state[f"right_{name}"])
+            for name, modality in by_name.items()
+            if f"left_{name}" in state
+        }
+        layer = cls(
+            weights=weights,
+            bias=state.get("bias"),
+            activation=activation,
+            context=context,
+            corrections=corrections,
+            dtype=dtype,
+        )
+        layer.register_buffer("inverse_smoothing", state.get("inverse_smoothing"))
+        return layer
+
+    def extra_repr(self) -> str:
+        """One line for ``print(model)``."""
+        bits = self.activation.bits if self.activation is not None else 16
+        return f"{self.in_features}, {self.out_features}, w{self.weight_format.bits}a{bits}"
+
+
+def _inverse_table(smoothing: Mapping[Modality, torch.Tensor]) -> torch.Tensor:
+    """Rows 1 / s_m in float32, [M, I], indexed by modality."""
+    text = smoothing[Modality.TEXT]
+    return torch.stack([smoothing.get(modality, text).double().reciprocal().float() for modality in TOKEN_MODALITIES])

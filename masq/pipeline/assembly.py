@@ -1,0 +1,171 @@
+"""One block from float to quantized: fold, round, correct, replace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from masq.compensation.low_rank import fit_low_rank, resolve_rank, scaled_covariance
+from masq.errors import NumericalError
+from masq.models.base import GROUPS, Modality, Role
+from masq.modules.quant_linear import QuantLinear
+from masq.numerics.linalg import Whitener, whitener
+from masq.rounding.nearest import round_nearest
+from masq.transforms.stages import apply_folds
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from masq.calibration.statistics import GroupStatistics
+    from masq.compensation.config import NoCompensation, WhitenedLowRank
+    from masq.models.base import BlockAdapter
+    from masq.modules.modality import ModalityContext
+    from masq.numerics.affine import QuantizedTensor
+    from masq.numerics.scheme import Scheme
+    from masq.rounding.config import NearestRounding
+    from masq.transforms.config import LearnedModalitySmoothing, ModalitySmoothing, NoSmoothing, SharedSmoothing
+    from masq.transforms.stages import SmoothingPlan
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A method: one configuration per slot, the number formats and the seed of every random stream."""
+
+    smoothing: NoSmoothing | SharedSmoothing | ModalitySmoothing | LearnedModalitySmoothing
+    rounding: NearestRounding
+    compensation: NoCompensation | WhitenedLowRank
+    scheme: Scheme
+    seed: int = 0
+
+    @property
+    def compensated_groups(self) -> tuple[str, ...]:
+        """Groups that get low-rank corrections, and so need second moments."""
+        return () if self.compensation.kind == "none" else tuple(self.compensation.groups)
+
+
+@torch.no_grad()
+def quantize_block(
+    block: BlockAdapter,
+    name: str,
+    plan: SmoothingPlan,
+    statistics: Mapping[str, GroupStatistics],
+    stages: Stages,
+    context: ModalityContext,
+) -> dict[str, float]:
+    """Replace the linears of a block by quantized ones.
+
+    Args:
+        block: float block; norms and the value linear may be folded in place.
+        name: block name for errors.
+        plan: smoothing factors.
+        statistics: by group, second moments where corrections are wanted.
+        stages: the method.
+        context: token modalities for the new linears.
+
+    Returns:
+        Share of the whitened weight error that corrections capture, mean over linears, by modality.
+
+    Raises:
+        NumericalError: a weight, factor or correction is not finite; the message names the linear.
+    """
+    apply_folds(block, plan)
+    captured: dict[str, list[float]] = {}
+    for group, roles in GROUPS.items():
+        factors = plan.factors.get(group, {})
+        roots = _whiteners(statistics[group], factors, stages) if group in stages.compensated_groups else {}
+        for role in map(Role, roles):
+            linear = block.linear(role)
+            assert isinstance(linear, torch.nn.Linear)
+            if role not in stages.scheme.roles:
+                if group in plan.folded:
+                    linear.weight.mul_(factors[Modality.TEXT].to(linear.weight))
+                continue
+            layer = _quantize_linear(linear, f"{name}.{role}", factors, group in plan.folded, roots, stages, context)
+            block.set_linear(role, layer[0])
+            for modality, share in layer[1].items():
+                captured.setdefault(modality.name.lower(), []).append(share)
+    return {modality: sum(shares) / len(shares) for modality, shares in captured.items()}
+
+
+def _whiteners(
+    statistics: GroupStatistics, factors: Mapping[Modality, torch.Tensor], stages: Stages
+) -> dict[Modality, Whitener]:
+    """Square roots of C_m for the modalities to correct: one eigendecomposition for all linears of a group."""
+    assert stages.compensation.kind != "none"
+    roots = {}
+    for modality, moment in statistics.second_moment.items():
+        if modality is not Modality.TEXT:
+            covariance = scaled_covariance(moment, _factor(factors, modality, moment.shape[0], moment.device))
+            roots[modality] = whitener(covariance, stages.compensation.damping)
+    return roots
+
+
+def _factor(
+    factors: Mapping[Modality, torch.Tensor], modality: Modality, size: int, device: torch.device
+) -> torch.Tensor:
+    """s_m as float64 [d_in]: the modality's own, else text's, else one."""
+    factor = factors.get(modality, factors.get(Modality.TEXT))
+    return torch.ones(size, dtype=torch.float64, device=device) if factor is None else factor.double()
+
+
+def _quantize_linear(
+    linear: torch.nn.Linear,
+    name: str,
+    factors: Mapping[Modality, torch.Tensor],
+    folded: bool,
+    roots: Mapping[Modality, Whitener],
+    stages: Stages,
+    context: ModalityContext,
+) -> tuple[QuantLinear, dict[Modality, float]]:
+    weight_oi = linear.weight.detach().double()
+    _require_finite(weight_oi, name, "weight")
+    assert stages.scheme.weight is not None
+    present = tuple(factors) or (Modality.TEXT,)
+    smoothed = {m: weight_oi * _factor(factors, m, linear.in_features, weight_oi.device) for m in (*present, *roots)}
+    stored = present if stages.rounding.per_modality else (Modality.TEXT,)
+    weights = {m: round_nearest(smoothed[m], stages.scheme.weight) for m in stored}
+    corrections, shares = _corrections(smoothed, weights[Modality.TEXT], roots, stages)
+    for left, right in corrections.values():
+        _require_finite(left, name, "correction")
+        _require_finite(right, name, "correction")
+    layer = QuantLinear(
+        weights=weights,
+        bias=linear.bias,
+        activation=stages.scheme.activation,
+        context=context,
+        smoothing=None if folded or not factors else factors,
+        corrections=corrections,
+        dtype=linear.weight.dtype,
+    )
+    return layer, shares
+
+
+def _corrections(
+    smoothed: Mapping[Modality, torch.Tensor],
+    base: QuantizedTensor,
+    roots: Mapping[Modality, Whitener],
+    stages: Stages,
+) -> tuple[dict[Modality, tuple[torch.Tensor, torch.Tensor]], dict[Modality, float]]:
+    """Equation 22: rank-r fit of W s_m - W_hat for every corrected modality."""
+    config, corrections, shares = stages.compensation, {}, {}
+    if config.kind == "none" or not roots:
+        return corrections, shares
+    base_oi = base.dequantize(torch.float64)
+    rank = resolve_rank(config, base_oi.shape[1], base_oi.shape[0])
+    for modality, root in roots.items():
+        fit = fit_low_rank(smoothed[modality] - base_oi, root, rank, whiten=config.whiten)
+        shares[modality] = float(fit.captured)
+        if rank:
+            corrections[modality] = (fit.left, fit.right)
+    return corrections, shares
+
+
+def _require_finite(tensor: torch.Tensor, name: str, what: str) -> None:
+    if not torch.isfinite(tensor).all():
+        raise NumericalError(
+            f"the {what} of {name} must be finite",
+            value="NaN or infinity",
+            remedy="check the checkpoint, or raise method.compensation.damping; finished blocks are kept",
+        )

@@ -1,0 +1,243 @@
+"""Two walks over the decoder: learn smoothing factors, then quantize. No method is named here.
+
+Two chains run side by side: the float chain gives the target of every block, the quantized chain (outputs of the
+blocks handled so far) gives its input, so that a block sees the errors of those before it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from masq.calibration.replay import BlockData, ReplayBatch, advance, capture, collect
+from masq.models.base import Modality
+from masq.numerics.sqnr import token_sqnr
+from masq.pipeline.assembly import Stages, quantize_block
+from masq.pipeline.progress import BlockClock
+from masq.pipeline.store import BlockStore, block_tensors, restore_block
+from masq.transforms.learned import Factors, learn_factors, run_fake_quantized
+from masq.transforms.stages import SMOOTHING, SmoothingPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from masq.models.base import BlockAdapter, EncodedBatch, ModelAdapter
+    from masq.modules.modality import ModalityContext
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass
+class QuantizationReport:
+    """What happened, block by block.
+
+    Attributes:
+        blocks: per block: index, SQNR of the block output by modality on calibration tokens (dB), share of the
+            whitened weight error that corrections capture, and, when factors are learned, the losses.
+        warnings: typed fallbacks worth a line under the table.
+        seconds: wall time of learning and of quantizing (resumed blocks count only their replay).
+    """
+
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def quantize(
+    adapter: ModelAdapter,
+    batches: Sequence[EncodedBatch],
+    stages: Stages,
+    context: ModalityContext,
+    *,
+    blocks: BlockStore,
+    factors: BlockStore,
+) -> QuantizationReport:
+    """Quantize every decoder block of ``adapter`` in place.
+
+    Args:
+        adapter: the float model.
+        batches: encoded calibration samples.
+        stages: the method.
+        context: token modalities, installed on the model.
+        blocks: where finished blocks are kept; present ones are restored instead of computed.
+        factors: where learned factors are kept; shared by all methods with the same learning problem.
+
+    Returns:
+        The report of the walk.
+
+    Raises:
+        NumericalError: NaN or divergence, naming block and linear; finished blocks stay in the stores.
+        DataError: a stored block is damaged.
+    """
+    report = QuantizationReport()
+    _warn_about_missing(adapter, batches, report)
+    hidden, replay = capture(adapter, batches)
+    learned: list[SmoothingPlan] | None = None
+    if stages.smoothing.kind == "modality_learned":
+        started = time.perf_counter()
+        learned = _learn(adapter, hidden, replay, stages, context, factors, report)
+        report.seconds["learn"] = time.perf_counter() - started
+    started = time.perf_counter()
+    _quantize(adapter, hidden, replay, stages, context, blocks, learned, report)
+    report.seconds["quantize"] = time.perf_counter() - started
+    return report
+
+
+def _warn_about_missing(adapter: ModelAdapter, batches: Sequence[EncodedBatch], report: QuantizationReport) -> None:
+    seen = {int(m) for batch in batches for m in batch.modality.unique()}
+    for modality in adapter.modalities:
+        if int(modality) not in seen:
+            report.warnings.append(
+                f"no calibration token of modality {modality.name.lower()}: it uses the factors of text, uncorrected"
+            )
+
+
+def _outputs(
+    block: BlockAdapter,
+    name: str,
+    hidden: Sequence[torch.Tensor],
+    replay: Sequence[ReplayBatch],
+    context: ModalityContext,
+) -> list[torch.Tensor]:
+    outputs = []
+    for hidden_btd, batch in zip(hidden, replay, strict=True):
+        context.set(batch.modality)
+        outputs.append(advance(block, hidden_btd, batch, name))
+    return outputs
+
+
+def _learn(
+    adapter: ModelAdapter,
+    hidden: list[torch.Tensor],
+    replay: list[ReplayBatch],
+    stages: Stages,
+    context: ModalityContext,
+    store: BlockStore,
+    report: QuantizationReport,
+) -> list[SmoothingPlan]:
+    """First walk: factors of every block, on the chain in which each modality has its own weight Q(W s_m)."""
+    assert stages.smoothing.kind == "modality_learned"
+    adapter_blocks = adapter.blocks()
+    walk_needed = not store.has_all(len(adapter_blocks))
+    clock = BlockClock("learn smoothing", len(adapter_blocks))
+    floats, quantized, plans = hidden, hidden, []
+    for index, block in enumerate(adapter_blocks):
+        name = f"block {index}"
+        targets = _outputs(block, name, floats, replay, context) if walk_needed else []
+        stored = store.load(index)
+        if stored is None:
+            statistics = collect(block, quantized, replay)
+            initial = SMOOTHING.get(stages.smoothing.kind)(block, statistics, stages.smoothing).factors
+            data = BlockData(quantized, targets, replay)
+            outcome = learn_factors(block, name, initial, data, stages.scheme, stages.smoothing, seed=stages.seed)
+            note = {
+                "initial_loss": outcome.initial_loss,
+                "final_loss": outcome.final_loss,
+                "reverted": outcome.reverted,
+            }
+            stored = _flatten(outcome.factors), note
+            store.save(index, *stored)
+        plan = SmoothingPlan(_unflatten(stored[0], hidden[0].device))
+        plans.append(plan)
+        report.blocks.append({"index": index, **stored[1]})
+        if stored[1]["reverted"]:
+            report.warnings.append(f"{name}: learning did not lower the loss, the starting factors were kept")
+        if walk_needed:
+            quantized = run_fake_quantized(block, name, plan.factors, quantized, replay, stages.scheme)
+            floats = targets
+            clock.tick(f"loss {stored[1]['initial_loss']:.4f} -> {stored[1]['final_loss']:.4f}")
+    return plans
+
+
+def _quantize(
+    adapter: ModelAdapter,
+    hidden: list[torch.Tensor],
+    replay: list[ReplayBatch],
+    stages: Stages,
+    context: ModalityContext,
+    store: BlockStore,
+    learned: list[SmoothingPlan] | None,
+    report: QuantizationReport,
+) -> None:
+    """Second walk: statistics on the quantized chain, plan, round, correct, replace, advance."""
+    adapter_blocks = adapter.blocks()
+    clock = BlockClock("quantize", len(adapter_blocks))
+    floats, quantized = hidden, hidden
+    for index, block in enumerate(adapter_blocks):
+        name = f"block {index}"
+        targets = _outputs(block, name, floats, replay, context)
+        stored = store.load(index)
+        if stored is None:
+            captured = _quantize_one(
+                block, name, (floats, quantized), replay, stages, context, learned[index] if learned else None
+            )
+            note = {"captured": captured}
+        else:
+            restore_block(block, stored[0], stages.scheme, context, floats[0].dtype)
+            note = {"captured": stored[1]["captured"]}
+        quantized = _outputs(block, name, quantized, replay, context)
+        sqnr = _mean_sqnr(targets, quantized, replay)
+        if stored is None:
+            store.save(index, block_tensors(block), note)
+        floats = targets
+        _merge(report.blocks, index, {"sqnr": sqnr, **note})
+        clock.tick("SQNR dB " + " ".join(f"{key} {value:.1f}" for key, value in sqnr.items()))
+
+
+def _quantize_one(
+    block: BlockAdapter,
+    name: str,
+    chains: tuple[list[torch.Tensor], list[torch.Tensor]],
+    replay: list[ReplayBatch],
+    stages: Stages,
+    context: ModalityContext,
+    plan: SmoothingPlan | None,
+) -> dict[str, float]:
+    """Fit and apply every stage on one block; returns the captured shares of its corrections."""
+    floats, quantized = chains
+    wanted = stages.compensated_groups
+    use_floats = bool(wanted) and stages.compensation.kind != "none" and stages.compensation.activations == "float"
+    statistics = collect(block, quantized, replay, second_moment=() if use_floats else wanted)
+    if plan is None:
+        plan = SMOOTHING.get(stages.smoothing.kind)(block, statistics, stages.smoothing)
+    if use_floats:
+        statistics = collect(block, floats, replay, second_moment=wanted)
+    return quantize_block(block, name, plan, statistics, stages, context)
+
+
+def _mean_sqnr(
+    targets: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], replay: Sequence[ReplayBatch]
+) -> dict[str, float]:
+    """Mean SQNR of calibration tokens by modality."""
+    sums: dict[str, tuple[float, int]] = {}
+    for target, output, batch in zip(targets, outputs, replay, strict=True):
+        tokens = token_sqnr(target, output)
+        for modality in Modality:
+            rows = tokens[batch.modality == modality]
+            if modality is not Modality.PADDING and rows.numel():
+                total, count = sums.get(modality.name.lower(), (0.0, 0))
+                sums[modality.name.lower()] = (total + float(rows.sum()), count + rows.numel())
+    return {key: total / count for key, (total, count) in sums.items()}
+
+
+def _merge(blocks: list[dict[str, Any]], index: int, values: dict[str, Any]) -> None:
+    if index < len(blocks):
+        blocks[index].update(values)
+    else:
+        blocks.append({"index": index, **values})
+
+
+def _flatten(factors: Factors) -> dict[str, torch.Tensor]:
+    return {f"{group}.{m.name.lower()}": factor for group, by in factors.items() for m, factor in by.items()}
+
+
+def _unflatten(tensors: dict[str, torch.Tensor], device: torch.device) -> Factors:
+    factors: Factors = {}
+    for key in sorted(tensors):
+        group, modality = key.split(".")
+        factors.setdefault(group, {})[Modality[modality.upper()]] = tensors[key].to(device)
+    return factors

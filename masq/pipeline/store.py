@@ -1,0 +1,97 @@
+"""Finished blocks on disk: one safetensors file each, written atomically, found again after a crash."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from masq.errors import DataError
+from masq.files import atomic_write_bytes
+from masq.models.base import GROUPS, Role
+from masq.modules.quant_linear import QuantLinear
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from masq.models.base import BlockAdapter
+    from masq.modules.modality import ModalityContext
+    from masq.numerics.scheme import Scheme
+
+ALL_ROLES = tuple(Role(role) for roles in GROUPS.values() for role in roles)
+
+
+class BlockStore:
+    """Tensors and a JSON note per block in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, index: int) -> Path:
+        """File of block ``index``."""
+        return self.folder / f"block-{index:03d}.safetensors"
+
+    def has_all(self, num_blocks: int) -> bool:
+        """Whether every block is finished."""
+        return all(self.path(index).exists() for index in range(num_blocks))
+
+    def save(self, index: int, tensors: dict[str, torch.Tensor], note: dict[str, Any]) -> None:
+        """Write one block; a reader sees the whole file or none."""
+        contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        atomic_write_bytes(self.path(index), save(contiguous, metadata={"note": json.dumps(note)}))
+
+    def load(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """Read one block, None when it is not finished.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        path = self.path(index)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                note = json.loads(file.metadata()["note"])
+                # Mapped tensors lie at any byte; CPU kernels round differently on unaligned ones, a copy is aligned.
+                return {name: file.get_tensor(name).clone() for name in file.keys()}, note  # noqa: SIM118
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise DataError(
+                "a block checkpoint must be a complete safetensors file",
+                value=path.name,
+                remedy="delete it; the block is computed again",
+            ) from error
+
+
+def block_tensors(block: BlockAdapter) -> dict[str, torch.Tensor]:
+    """Everything quantization may have changed in a block, by ``role.name`` and ``norm.group.name``."""
+    tensors = {f"{role}.{key}": value for role in ALL_ROLES for key, value in block.linear(role).state_dict().items()}
+    for group in GROUPS:
+        norm = block.norm(group)
+        if norm is not None:
+            tensors |= {f"norm.{group}.{key}": value for key, value in norm.state_dict().items()}
+    return tensors
+
+
+def restore_block(
+    block: BlockAdapter, tensors: dict[str, torch.Tensor], scheme: Scheme, context: ModalityContext, dtype: torch.dtype
+) -> None:
+    """Put the tensors of ``block_tensors`` back, bit for bit."""
+    for role in ALL_ROLES:
+        device = next(iter(block.linear(role).state_dict().values())).device
+        state = {k.split(".", 1)[1]: v.to(device) for k, v in tensors.items() if k.startswith(f"{role}.")}
+        if "codes_text" not in state:
+            block.linear(role).load_state_dict(state)
+            continue
+        assert scheme.weight is not None
+        layer = QuantLinear.from_state(
+            state, weight=scheme.weight, activation=scheme.activation, context=context, dtype=dtype
+        )
+        block.set_linear(role, layer)
+    for group in GROUPS:
+        norm = block.norm(group)
+        if norm is not None:
+            prefix = f"norm.{group}."
+            norm.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})

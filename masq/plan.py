@@ -1,0 +1,289 @@
+"""What a run would do and need, from configuration alone: no weight is read and torch is not imported.
+
+Parameters are counted, memory and disk are estimated from the same counts, time from assumed speeds: an order of
+magnitude, meant to tell minutes from hours before they are spent.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from masq.config import RunConfig, active_modalities, folder_name, notes
+from masq.models.architecture import architecture, count_parameters, input_sizes, linear_shapes
+from masq.models.config import Architecture
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Tasks of the embedded data that need the modality, and tokens of one sample: (embedded model, real model).
+_TASKS = {"text": 1, "vision": 2, "audio": 1}
+_TOKENS = {"zoo": 96, "real": 512}
+_EVALUATION_SAMPLES = 300
+_PROCESS_BYTES = 700e6
+_FLOPS = {"cpu_core": 40e9, "accelerator": 60e12}
+# Simulated integer products and fake quantization cost about this many float products.
+_SIMULATION_COST = 3.0
+_ROLES_OF_GROUP = {
+    "qkv": ("query", "key", "value"),
+    "output": ("output",),
+    "gate_up": ("gate", "up"),
+    "down": ("down",),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Estimates for one run.
+
+    Attributes:
+        folder: pattern of the run's folder name; the identity is known once the data are hashed.
+        existing: folders that already match the pattern.
+        num_parameters: by part: language model, embeddings and head, towers.
+        num_weights: elements of the linears that are quantized.
+        effective_bits: stored bits per quantized weight, scales, smoothing and adapters included.
+        memory_bytes: by stage; the peak is the largest.
+        disk_bytes: of the run's folder.
+        seconds: by stage.
+        steps: what would run, in order.
+        notes: settings without effect, and limits of the estimate.
+    """
+
+    folder: str
+    existing: tuple[str, ...]
+    num_parameters: dict[str, int]
+    num_weights: int
+    effective_bits: float
+    memory_bytes: dict[str, float]
+    disk_bytes: float
+    seconds: dict[str, float]
+    steps: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def peak_memory_bytes(self) -> float:
+        """Largest stage."""
+        return max(self.memory_bytes.values())
+
+
+def plan(config: RunConfig) -> Plan:
+    """Estimate one run.
+
+    Raises:
+        ConfigError: the sizes of the model are not known.
+        ModelError: a local checkpoint folder is missing or holds no readable config.json.
+    """
+    sizes = architecture(config.model)
+    shapes = linear_shapes(sizes)
+    quantized = [] if config.method.is_float else [shapes[role] for role in config.scheme.roles]
+    stored = _stored_bits(config, sizes, shapes)
+    num_weights = sizes.num_layers * sum(a * b for a, b in quantized)
+    parameters = count_parameters(sizes)
+    workload = _Workload.of(config)
+    root = Path(config.output.root)
+    pattern = folder_name(config, "*")
+    return Plan(
+        folder=str(root / pattern),
+        existing=tuple(sorted(path.name for path in root.glob(pattern) if path.is_dir())),
+        num_parameters=parameters,
+        num_weights=num_weights,
+        effective_bits=stored / num_weights if num_weights else 8.0 * _DTYPE_BYTES[config.model.dtype],
+        memory_bytes=_memory(config, sizes, parameters, num_weights, workload),
+        disk_bytes=_disk(config, sizes, num_weights, stored, workload),
+        seconds=_seconds(config, sizes, parameters, workload),
+        steps=tuple(_steps(config, sizes, workload)),
+        notes=(*notes(config), "time is an order of magnitude; parameters are exact where the towers' sizes are given"),
+    )
+
+
+def render(planned: Plan) -> str:
+    """The plan as text for a terminal."""
+    total = sum(planned.num_parameters.values())
+    lines = [f"Would run in {planned.folder}"]
+    lines += [f"  {index}. {step}" for index, step in enumerate(planned.steps, 1)]
+    lines += [
+        f"Folders there already: {', '.join(planned.existing) or 'none'}",
+        f"Parameters      {_count(total)} ({_parts(planned.num_parameters, _count)})",
+        f"Quantized       {_count(planned.num_weights)} weights; the decoder's linears take "
+        f"{planned.effective_bits:.2f} bits a weight, everything counted",
+        f"Peak memory     about {_bytes(planned.peak_memory_bytes)} ({_parts(planned.memory_bytes, _bytes)})"
+        f"; main memory available: {_available_memory()}",
+        f"Disk            about {_bytes(planned.disk_bytes)}",
+        f"Time            about {_duration(sum(planned.seconds.values()))} ({_parts(planned.seconds, _duration)})",
+    ]
+    return "\n".join(lines + [f"Note: {note}" for note in planned.notes])
+
+
+@dataclass(frozen=True)
+class _Workload:
+    """How much data flows: samples and tokens of calibration and evaluation, and active modalities besides text."""
+
+    num_tasks: int
+    calibration_tokens: int
+    evaluation_samples: int
+    evaluation_tokens: int
+    sample_tokens: int
+    other_modalities: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig) -> _Workload:
+        active = active_modalities(config)
+        joint = 1 if len(active) == len(_TASKS) else 0
+        num_tasks = sum(_TASKS[name] for name in active) + joint
+        calibration_tasks = len(config.calibration.tasks or ()) or num_tasks
+        evaluation_tasks = len(config.evaluation.tasks or ()) or num_tasks
+        tokens = _TOKENS["zoo" if config.model.source.startswith("zoo:") else "real"]
+        samples = evaluation_tasks * (config.evaluation.samples_per_task or _EVALUATION_SAMPLES)
+        calibration = 0 if config.method.is_float else calibration_tasks * config.calibration.samples_per_task
+        return cls(evaluation_tasks, calibration * tokens, samples, samples * tokens, tokens, active[1:])
+
+
+def _adapter_elements(config: RunConfig, shapes: dict[str, tuple[int, int]]) -> int:
+    """Elements of the low-rank factors of one block and one modality."""
+    compensation, total = config.method.compensation, 0
+    if compensation.kind == "none":
+        return 0
+    for group in compensation.groups:
+        for role in _ROLES_OF_GROUP[group]:
+            if role in config.scheme.roles:
+                rank = compensation.rank
+                if rank is None:
+                    rank = int((compensation.rank_ratio or 0) * min(shapes[role]))
+                total += rank * sum(shapes[role])
+    return total
+
+
+def _stored_bits(config: RunConfig, sizes: Architecture, shapes: dict[str, tuple[int, int]]) -> float:
+    """Bits of everything stored for the quantized linears of all blocks."""
+    weight, method = config.scheme.weight, config.method
+    if weight is None or method.is_float or method.rounding.kind == "none":
+        return 0
+    others = len(_Workload.of(config).other_modalities)
+    copies = 1 + others if method.rounding.per_modality else 1
+    bits = 0.0
+    for role in config.scheme.roles:
+        d_out, d_in = shapes[role]
+        groups = d_in // weight.group_size if weight.group_size else 1
+        # Float32 scales, and float32 zero points where the format has them.
+        bits += copies * d_out * (d_in * weight.bits + groups * (32 if weight.symmetric else 64))
+    bits += _smoothing_elements(config, shapes) * 32
+    bits += others * _adapter_elements(config, shapes) * 8 * _DTYPE_BYTES[config.model.dtype]
+    return bits * sizes.num_layers
+
+
+def _smoothing_elements(config: RunConfig, shapes: dict[str, tuple[int, int]]) -> int:
+    """Factors of one block that are kept at run time; folded ones cost nothing."""
+    smoothing = config.method.smoothing
+    if smoothing.kind == "none":
+        return 0
+    if smoothing.kind == "shared":
+        kept = [group for group in smoothing.groups if group == "down" or not smoothing.fold]
+        return sum(shapes[_ROLES_OF_GROUP[group][0]][1] for group in kept)
+    rows = 1 + len(_Workload.of(config).other_modalities)
+    return rows * sum(shapes[_ROLES_OF_GROUP[group][0]][1] for group in smoothing.groups)
+
+
+def _memory(
+    config: RunConfig, sizes: Architecture, parameters: dict[str, int], num_weights: int, workload: _Workload
+) -> dict[str, float]:
+    """Bytes of the calibration and of the evaluation stage."""
+    width = _DTYPE_BYTES[config.model.dtype]
+    model = sum(parameters.values()) * width
+    batch_tokens = config.evaluation.batch_size * workload.sample_tokens
+    logits = 2 * batch_tokens * sizes.vocab_size * 4
+    if config.method.is_float:
+        return {"evaluation": _PROCESS_BYTES + model + logits}
+    # A format without an integer product keeps a float32 copy of the weight beside its codes.
+    has_copy = config.scheme.activation is None
+    quantized = model + num_weights * ((5 if has_copy else 1) - width)
+    cached = 2 * workload.calibration_tokens * sizes.hidden_size * width
+    largest = max(input_sizes(sizes, config.scheme.roles))
+    moments = 4 * largest**2 * 8 * (1 + len(workload.other_modalities))
+    training = config.calibration.batch_size * workload.sample_tokens * 40 * sizes.intermediate_size
+    block = 3 * 8 * num_weights / sizes.num_layers
+    return {
+        "calibration": _PROCESS_BYTES + model + cached + block + max(moments, training),
+        "evaluation": _PROCESS_BYTES + model + quantized + logits,
+    }
+
+
+def _disk(config: RunConfig, sizes: Architecture, num_weights: int, stored: float, workload: _Workload) -> float:
+    """Block checkpoints hold a byte per code; answers and the record are small."""
+    text = 300.0 * workload.evaluation_samples + 200_000
+    if config.method.is_float or config.scheme.weight is None:
+        return text
+    norms = 2 * sizes.num_layers * sizes.hidden_size * 4
+    return text + norms + num_weights + max(0.0, stored - num_weights * config.scheme.weight.bits) / 8
+
+
+def _seconds(
+    config: RunConfig, sizes: Architecture, parameters: dict[str, int], workload: _Workload
+) -> dict[str, float]:
+    """Time by stage from counted products and assumed speeds."""
+    cores = config.threads or os.cpu_count() or 1
+    speed = _FLOPS["cpu_core"] * cores if config.model.device.startswith("cpu") else _FLOPS["accelerator"]
+    per_token = 2.0 * (parameters["decoder"] + parameters["towers"])
+    per_answer = per_token * config.evaluation.max_new_tokens + 2.0 * sizes.vocab_size * sizes.hidden_size
+    cost = 1.0 if config.method.is_float else _SIMULATION_COST
+    result = {"evaluation": cost * (per_token * workload.evaluation_tokens + per_answer * workload.evaluation_samples)}
+    if not config.method.is_float:
+        fidelity = config.evaluation.fidelity_samples_per_task
+        samples = workload.evaluation_samples if fidelity is None else workload.num_tasks * fidelity
+        head = 2.0 * sizes.vocab_size * sizes.hidden_size
+        result["fidelity"] = (per_token * (1 + cost) + 2 * head) * samples * workload.sample_tokens
+        smoothing = config.method.smoothing
+        # Forward and backward cost three forward passes; two more measure the loss before and after.
+        passes = 3 + _SIMULATION_COST * (3 * smoothing.epochs + 2 if smoothing.kind == "modality_learned" else 1)
+        result["calibration"] = passes * per_token * workload.calibration_tokens
+        if config.method.compensation.kind != "none":
+            sides = sum(25.0 * a * b * min(a, b) for a, b in linear_shapes(sizes).values())
+            result["compensation"] = sides * sizes.num_layers * len(workload.other_modalities)
+    return {stage: flops / speed for stage, flops in result.items()}
+
+
+def _steps(config: RunConfig, sizes: Architecture, workload: _Workload) -> list[str]:
+    """What would run, in order."""
+    modalities = ", ".join(active_modalities(config))
+    method = config.method
+    steps = [f"load {config.model.name} from {config.model.source} ({config.model.dtype}, {config.model.device})"]
+    if not method.is_float:
+        steps += [
+            f"calibrate on {workload.calibration_tokens // workload.sample_tokens} samples: {modalities}",
+            f"quantize {sizes.num_layers} blocks to {config.scheme.name} with {method.name} ({method.description}): "
+            f"smoothing {method.smoothing.kind}, rounding {method.rounding.kind}, "
+            f"compensation {method.compensation.kind}",
+            "compare with the float model: SQNR, NLL and KL by modality",
+        ]
+    scored = f"{config.evaluation.samples_per_task} samples of each task"
+    if config.evaluation.samples_per_task is None:
+        scored = "the whole evaluation split"
+    return [*steps, f"score {scored}: {modalities}", "write record.json"]
+
+
+def _available_memory() -> str:
+    try:
+        import psutil
+    except ImportError:
+        return "unknown"
+    return _bytes(psutil.virtual_memory().available)
+
+
+def _parts(values: dict[str, Any], show: Any) -> str:
+    return ", ".join(f"{name} {show(value)}" for name, value in values.items())
+
+
+def _count(number: float) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.2f} {unit}"
+    return str(int(number))
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,1 @@
+"""Records of runs, their provenance, and tables made from them."""

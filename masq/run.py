@@ -1,0 +1,261 @@
+"""One run, one screen: load, quantize, evaluate, report."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from masq.config import RunConfig, active_modalities, identity, notes, run_folder, to_dict
+from masq.errors import ConfigError, DataError
+from masq.files import atomic_write_bytes, canonical_hash, require_writable_folder
+from masq.report.provenance import provenance
+from masq.report.record import RunRecord, read_record, write_record
+from masq.report.sinks import require_wandb, send_to_wandb
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from masq.models.base import ModelAdapter, Sample
+    from masq.modules.modality import ModalityContext
+
+_LOG = logging.getLogger(__name__)
+_ZOO = "zoo:"
+
+
+def run(config: RunConfig) -> RunRecord:
+    """Quantize and score one cell.
+
+    The cell lives in ``<output.root>/<model>-<modality>-<scheme>-<method>-<identity>/``. A finished cell is returned as
+    it is; an interrupted one goes on at the block or batch where it stopped, and ends bit-identical.
+
+    Args:
+        config: decoded configuration.
+
+    Returns:
+        The record, also written to ``record.json`` in the folder of the cell.
+
+    Raises:
+        MasqError: bad input, before anything heavy starts wherever that can be known, or a numerical failure. A cell
+            that failed leaves a record that says so, and is tried again next time.
+    """
+    if config.output.wandb:
+        require_wandb()
+    data, hashes = _data(config)
+    key = identity(config, hashes)
+    folder = run_folder(config, key)
+    finished = _finished(folder)
+    if finished is not None:
+        _LOG.info("%s: finished before, skipped", folder.name)
+        return finished
+    require_writable_folder(folder)
+    _set_threads(config.threads)
+    record = RunRecord.start(key, to_dict(config), provenance(config.seed, hashes, device=config.model.device))
+    record.warnings.extend(notes(config))
+    with _log_file(folder / "log"):
+        try:
+            _write_config(config, folder)
+            _fill(record, config, data, hashes, folder)
+            record.finish()
+        except Exception as error:
+            record.fail(error)
+            _LOG.error("%s failed: %s", folder.name, error)
+            raise
+        finally:
+            if record.status != "running":
+                write_record(record, folder / "record.json")
+    if config.output.wandb:
+        send_to_wandb(record, config.output.wandb_project, folder)
+    return record
+
+
+def _fill(
+    record: RunRecord, config: RunConfig, data: dict[str, list[Sample]], hashes: dict[str, str], folder: Path
+) -> None:
+    """The stages of a run, each timed; what is finished is in the record even if a later stage fails."""
+    from masq.evaluation.evaluate import evaluate
+    from masq.models.loading import load
+    from masq.modules.footprint import footprint
+    from masq.modules.modality import install
+
+    # Only the active modalities exist for this run: a dual run of a tri-modal model never looks at audio.
+    model = replace(config.model, modalities=active_modalities(config))
+    with _timed(record, "load"):
+        adapter = load(model)
+        context, handle = install(adapter)
+    if not config.method.is_float:
+        _quantize(record, config, adapter, context, data["calibration"], hashes, folder)
+    record.effective_bits = footprint(adapter.blocks()).to_dict()
+    with _timed(record, "evaluate"):
+        result = evaluate(adapter, data["evaluation"], config.evaluation, folder / "answers")
+    record.scores = {t: {m: score.to_dict() for m, score in by.items()} for t, by in result.scores.items()}
+    record.health = result.health
+    record.warnings.extend(result.warnings)
+    with _timed(record, "fidelity"):
+        record.fidelity = _fidelity(config, load(model), adapter, data["evaluation"], folder)
+    handle.remove()
+    record.peak_memory_bytes = _peak_memory(config.model.device)
+
+
+def _quantize(
+    record: RunRecord,
+    config: RunConfig,
+    adapter: ModelAdapter,
+    context: ModalityContext,
+    samples: list[Sample],
+    hashes: dict[str, str],
+    folder: Path,
+) -> None:
+    """Quantize the model in place and note every block."""
+    from masq.calibration.data import batches
+    from masq.pipeline.assembly import Stages
+    from masq.pipeline.loop import quantize
+    from masq.pipeline.store import BlockStore
+    from masq.rounding.config import NearestRounding
+
+    method = config.method
+    assert isinstance(method.rounding, NearestRounding)
+    stages = Stages(method.smoothing, method.rounding, method.compensation, config.scheme, config.seed)
+    encoded = [adapter.encode(batch, with_answer=True) for batch in batches(samples, config.calibration.batch_size)]
+    report = quantize(
+        adapter,
+        encoded,
+        stages,
+        context,
+        blocks=BlockStore(folder / "blocks"),
+        factors=BlockStore(Path(config.output.root) / "artifacts" / f"factors-{_factors_key(config, hashes)[:16]}"),
+    )
+    record.blocks = report.blocks
+    record.warnings.extend(report.warnings)
+    record.timings.update(report.seconds)
+
+
+def _fidelity(
+    config: RunConfig, reference: ModelAdapter, adapter: ModelAdapter, samples: list[Sample], folder: Path
+) -> dict[str, Any]:
+    """SQNR, NLL and KL against the float model on held-out samples."""
+    from masq.calibration.data import batches
+    from masq.evaluation.fidelity import fidelity
+
+    limit = config.evaluation.fidelity_samples_per_task
+    if limit is not None:
+        by_task: dict[str, list[Sample]] = {}
+        for sample in samples:
+            by_task.setdefault(sample.task, []).append(sample)
+        samples = [sample for group in by_task.values() for sample in group[:limit]]
+    return fidelity(reference, adapter, batches(samples, config.evaluation.batch_size), folder / "fidelity")
+
+
+def _data(config: RunConfig) -> tuple[dict[str, list[Sample]], dict[str, str]]:
+    """Calibration and evaluation samples of the active modalities and their hashes; they share no content."""
+    from masq.calibration.data import check_disjoint, dataset_hash, load_samples
+
+    active = active_modalities(config)
+    calibration, evaluation = config.calibration, config.evaluation
+    data = {
+        "calibration": load_samples(
+            _source(config, "calibration"), calibration.tasks, calibration.samples_per_task, calibration.seed, active
+        ),
+        "evaluation": load_samples(
+            _source(config, "evaluation"), evaluation.tasks, evaluation.samples_per_task, 0, active
+        ),
+    }
+    check_disjoint(data["calibration"], data["evaluation"])
+    return data, {split: dataset_hash(samples) for split, samples in data.items()}
+
+
+def _source(config: RunConfig, split: str) -> Path:
+    """The Parquet file of a split."""
+    source = config.calibration.source if split == "calibration" else config.evaluation.source
+    if source != "auto":
+        return Path(source)
+    if config.model.source != f"{_ZOO}smol_omni":
+        raise ConfigError(
+            f"{config.model.name} comes without {split} data",
+            value=f"{split}.source=auto",
+            remedy=f"set {split}.source to a Parquet file with the columns id, task, question, answer, image, audio",
+        )
+    from masq.models.zoo.smol_omni import data_path
+
+    return data_path(split)
+
+
+def _factors_key(config: RunConfig, hashes: dict[str, str]) -> str:
+    """Hash of what learned factors depend on: not of rounding or compensation, so that methods share them."""
+    plain = to_dict(config)
+    model = {key: value for key, value in plain["model"].items() if key != "architecture"}
+    return canonical_hash(
+        {
+            "model": model,
+            "modalities": active_modalities(config),
+            "scheme": plain["scheme"],
+            "smoothing": plain["method"]["smoothing"],
+            "batch_size": config.calibration.batch_size,
+            "seed": config.seed,
+            "data": hashes["calibration"],
+        }
+    )
+
+
+def _finished(folder: Path) -> RunRecord | None:
+    """The record of a finished run in ``folder``; a failed or unreadable one is run again."""
+    try:
+        record = read_record(folder / "record.json")
+    except DataError:
+        return None
+    return record if record.status == "finished" else None
+
+
+def _set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _write_config(config: RunConfig, folder: Path) -> None:
+    """The resolved configuration, from which ``masq run --config`` starts without Hydra."""
+    import yaml
+
+    text = yaml.safe_dump(to_dict(config), sort_keys=False)
+    atomic_write_bytes(folder / "config.yaml", text.encode())
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """Append what masq logs to ``path`` while the context lasts."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root = logging.getLogger("masq")
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        handler.close()
+
+
+@contextmanager
+def _timed(record: RunRecord, stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    _LOG.info("%s ...", stage)
+    yield
+    record.timings[stage] = time.perf_counter() - started
+
+
+def _peak_memory(device: str) -> int:
+    """Largest resident memory of the process, plus the largest GPU allocation, in bytes."""
+    # Linux reports kibibytes.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.startswith("cuda"):
+        import torch
+
+        peak += torch.cuda.max_memory_allocated(device)
+    return peak

@@ -1,0 +1,1 @@
+"""Exact rewrites of a block before rounding: smoothing shared, per modality, or learned."""

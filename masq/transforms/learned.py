@@ -1,0 +1,271 @@
+"""Learned modality-aware smoothing (arXiv 2603.04800, equations 12 to 14).
+
+One factor per channel and modality, started at sqrt(max|x_m| / max|w|) and trained so that the decoder block, quantized
+with a separate weight Q(W s_m) per modality, reproduces the float block: loss = sum_m lambda_m MAE_m. The parameters
+are log s in float32 (the reference trains s itself in bfloat16, where steps vanish above 16).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from masq.calibration.replay import advance
+from masq.errors import NumericalError
+from masq.models.base import GROUPS, Modality, Role
+from masq.numerics.affine import fake_quantize
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from masq.calibration.replay import BlockData, ReplayBatch
+    from masq.models.base import BlockAdapter
+    from masq.numerics.scheme import Scheme, TensorFormat
+    from masq.transforms.config import LearnedModalitySmoothing
+
+Factors = dict[str, dict[Modality, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class LearnedFactors:
+    """Outcome of learning on one block.
+
+    Attributes:
+        factors: float32 [d_in] by group and modality.
+        initial_loss: loss of the calibration set at the starting factors.
+        final_loss: loss at the factors that were kept.
+        reverted: learning ended above the initial loss, so the starting factors were kept.
+        seconds: wall time.
+    """
+
+    factors: Factors
+    initial_loss: float
+    final_loss: float
+    reverted: bool
+    seconds: float
+
+
+class _Rows:
+    """Row indices by modality of the current batch, shared by the fake-quantized linears of a block."""
+
+    def __init__(self) -> None:
+        self.by_modality: dict[Modality, torch.Tensor] = {}
+        self.restore = torch.empty(0, dtype=torch.long)
+
+    def set(self, modality: torch.Tensor) -> None:
+        """Index int8 [B, T]; padding rows ride with a modality that is there, and never reach the loss."""
+        flat = modality.reshape(-1)
+        flat = torch.where(flat < 0, flat[flat >= 0].min(), flat)
+        self.by_modality = {Modality(int(m)): (flat == m).nonzero().squeeze(1) for m in flat.unique()}
+        self.restore = torch.argsort(torch.cat(list(self.by_modality.values())))
+
+
+class _FakeQuantLinear(nn.Module):
+    """``fq(x / s_m) fq(W s_m)^T + bias`` row by row of the current modality, differentiable in log s."""
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        log_factors: Mapping[Modality, torch.Tensor] | None,
+        rows: _Rows,
+        weight: TensorFormat | None,
+        activation: TensorFormat | None,
+    ) -> None:
+        super().__init__()
+        self.weight = linear.weight.detach().float()
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
+        self.log_factors = log_factors
+        self.rows = rows
+        self.weight_format = weight
+        self.activation = activation
+        # Without smoothing the rounded weight never changes.
+        self.static = _fake(self.weight, weight) if log_factors is None else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, d_in] -> [B, T, d_out] in the dtype of ``x``."""
+        flat = x.reshape(-1, x.shape[-1]).float()
+        if self.static is not None:
+            y = functional.linear(_fake(flat, self.activation), self.static)
+        else:
+            y = torch.cat([self._part(flat, m, rows) for m, rows in self.rows.by_modality.items()])[self.rows.restore]
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def _part(self, flat: torch.Tensor, modality: Modality, rows: torch.Tensor) -> torch.Tensor:
+        assert self.log_factors is not None
+        log_factor = self.log_factors[modality]
+        smoothed = flat[rows] * torch.exp(-log_factor)
+        weight = _fake(self.weight * torch.exp(log_factor), self.weight_format)
+        return functional.linear(_fake(smoothed, self.activation), weight)
+
+
+def _fake(x: torch.Tensor, fmt: TensorFormat | None) -> torch.Tensor:
+    return x if fmt is None else fake_quantize(x, fmt)
+
+
+@contextmanager
+def fake_quantized(
+    block: BlockAdapter, factors: Mapping[str, Mapping[Modality, torch.Tensor]], scheme: Scheme, *, are_logs: bool
+) -> Iterator[_Rows]:
+    """Replace the linears of a block by differentiable fake-quantized ones while the context lasts.
+
+    Args:
+        block: a block with float linears.
+        factors: [d_in] by group and modality; a group without an entry is quantized without smoothing.
+        scheme: formats and quantized roles.
+        are_logs: whether ``factors`` holds log s (trainable) or s.
+
+    Yields:
+        The row index to set before each call of the block.
+    """
+    rows = _Rows()
+    logs = {g: {m: f if are_logs else f.float().log() for m, f in by.items()} for g, by in factors.items()}
+    originals = {Role(role): block.linear(Role(role)) for role in scheme.roles}
+    group_of = {Role(role): group for group, roles in GROUPS.items() for role in roles}
+    try:
+        for role, linear in originals.items():
+            assert isinstance(linear, nn.Linear)
+            log = logs.get(group_of[role])
+            block.set_linear(role, _FakeQuantLinear(linear, log, rows, scheme.weight, scheme.activation))
+        yield rows
+    finally:
+        for role, linear in originals.items():
+            block.set_linear(role, linear)
+
+
+def learn_factors(
+    block: BlockAdapter,
+    name: str,
+    initial: Factors,
+    data: BlockData,
+    scheme: Scheme,
+    config: LearnedModalitySmoothing,
+    *,
+    seed: int,
+) -> LearnedFactors:
+    """Train log s of one block by Adam on minibatches.
+
+    Args:
+        block: the float block.
+        name: the block's name, for errors and for the key of its random stream.
+        initial: starting factors by group and modality.
+        data: inputs of the quantized chain and outputs of the float chain.
+        scheme: formats.
+        config: epochs, learning rate, loss weights.
+        seed: seed of the run; the order of batches depends on (seed, name, epoch) alone.
+
+    Raises:
+        NumericalError: the loss is NaN or infinite; the message names the block.
+    """
+    started = time.perf_counter()
+    weights = {Modality[key.upper()]: value for key, value in config.loss_weights.items()}
+    logs = {g: {m: f.float().log().requires_grad_() for m, f in by.items()} for g, by in initial.items()}
+    parameters = [log for by in logs.values() for log in by.values()]
+    with fake_quantized(block, logs, scheme, are_logs=True) as rows:
+
+        def loss_of(index: int) -> torch.Tensor:
+            batch = data.batches[index]
+            rows.set(batch.modality)
+            output = block.forward(data.hidden[index], batch.kwargs)
+            return block_loss(output, data.targets[index], batch.modality, weights)
+
+        initial_loss = _mean_loss(loss_of, len(data.batches), name)
+        _train(loss_of, parameters, len(data.batches), name, config, seed)
+        final_loss = _mean_loss(loss_of, len(data.batches), name)
+    reverted = final_loss > initial_loss
+    learned = {g: {m: log.detach().exp() for m, log in by.items()} for g, by in logs.items()}
+    return LearnedFactors(
+        factors=initial if reverted else learned,
+        initial_loss=initial_loss,
+        final_loss=initial_loss if reverted else final_loss,
+        reverted=reverted,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def block_loss(
+    output: torch.Tensor, target: torch.Tensor, modality: torch.Tensor, weights: Mapping[Modality, float]
+) -> torch.Tensor:
+    """Sum over modalities of lambda_m times the mean absolute error of the rows of m (equation 14's per-modality mean).
+
+    Args:
+        output: [B, T, d].
+        target: [B, T, d].
+        modality: int8 [B, T]; padding and modalities without a weight do not count.
+        weights: lambda_m.
+    """
+    error = (output.float() - target.float()).abs().mean(-1)
+    terms = [weight * error[modality == m].mean() for m, weight in weights.items() if bool((modality == m).any())]
+    return torch.stack(terms).sum()
+
+
+def _train(
+    loss_of: Callable[[int], torch.Tensor],
+    parameters: list[torch.Tensor],
+    num_batches: int,
+    name: str,
+    config: LearnedModalitySmoothing,
+    seed: int,
+) -> None:
+    """Adam with a cosine decay to zero over all steps."""
+    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
+    total = config.epochs * num_batches
+    if total == 0:
+        return
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total)
+    for epoch in range(config.epochs):
+        for index in _order(num_batches, seed, name, epoch):
+            optimizer.zero_grad(set_to_none=True)
+            loss = loss_of(index)
+            _require_finite(float(loss.detach()), name)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+@torch.no_grad()
+def _mean_loss(loss_of: Callable[[int], torch.Tensor], num_batches: int, name: str) -> float:
+    total = sum(float(loss_of(index)) for index in range(num_batches))
+    _require_finite(total, name)
+    return total / max(num_batches, 1)
+
+
+def _require_finite(loss: float, name: str) -> None:
+    if not loss < float("inf"):
+        raise NumericalError(
+            f"the smoothing loss of {name} must be finite",
+            value=loss,
+            remedy="lower method.smoothing.learning_rate; finished blocks are kept",
+        )
+
+
+def _order(num_batches: int, seed: int, name: str, epoch: int) -> list[int]:
+    """Permutation of the batches keyed by (seed, block, epoch), so that a resumed run repeats it."""
+    digest = hashlib.sha256(f"smoothing|{seed}|{name}|{epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randperm(num_batches, generator=generator).tolist()
+
+
+def run_fake_quantized(
+    block: BlockAdapter,
+    name: str,
+    factors: Factors,
+    hidden: Sequence[torch.Tensor],
+    batches: Sequence[ReplayBatch],
+    scheme: Scheme,
+) -> list[torch.Tensor]:
+    """Outputs [B, T, d] of the block with a separate weight Q(W s_m) per modality: the chain that learning follows."""
+    outputs = []
+    with torch.no_grad(), fake_quantized(block, factors, scheme, are_logs=False) as rows:
+        for hidden_btd, batch in zip(hidden, batches, strict=True):
+            rows.set(batch.modality)
+            outputs.append(advance(block, hidden_btd, batch, name))
+    return outputs

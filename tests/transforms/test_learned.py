@@ -1,0 +1,130 @@
+"""Laws of learned modality-aware smoothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from masq.calibration.replay import BlockData, ReplayBatch, collect
+from masq.errors import NumericalError
+from masq.models.base import Modality
+from masq.numerics.scheme import Scheme
+from masq.transforms.config import LearnedModalitySmoothing
+from masq.transforms.learned import block_loss, learn_factors, run_fake_quantized
+from masq.transforms.stages import fit_modality
+from tests.nano_fixtures import Nano, make_nano, nano_model  # noqa: F401
+
+SCHEME = Scheme.preset("w4a6")
+CONFIG = LearnedModalitySmoothing(epochs=4, learning_rate=0.02)
+
+
+def learn(nano: Nano, replay: list[ReplayBatch] | None = None, *, seed: int = 0, config=CONFIG, scheme=SCHEME):
+    """Learn the factors of the first block."""
+    block = nano.adapter.blocks()[0]
+    targets, replay = nano.targets(), replay or nano.replay
+    initial = fit_modality(block, collect(block, nano.hidden, replay), config).factors
+    data = BlockData(nano.hidden, targets, replay)
+    return learn_factors(block, "block 0", initial, data, scheme, config, seed=seed), initial
+
+
+def outputs(nano: Nano, factors, replay=None) -> list[torch.Tensor]:
+    block = nano.adapter.blocks()[0]
+    return run_fake_quantized(block, "block 0", factors, nano.hidden, replay or nano.replay, SCHEME)
+
+
+def test_learning_lowers_the_loss(nano_model: Nano) -> None:  # noqa: F811
+    outcome, initial = learn(nano_model)
+    assert outcome.final_loss < outcome.initial_loss
+    assert not outcome.reverted
+    weights = dict.fromkeys((Modality.TEXT, Modality.VISION, Modality.AUDIO), 1.0)
+
+    def loss(factors) -> float:
+        parts = zip(outputs(nano_model, factors), nano_model.targets(), nano_model.replay, strict=True)
+        return sum(float(block_loss(y, target, batch.modality, weights)) for y, target, batch in parts) / 4
+
+    assert loss(initial) == pytest.approx(outcome.initial_loss, rel=1e-5)
+    assert loss(outcome.factors) == pytest.approx(outcome.final_loss, rel=1e-5)
+
+
+def test_a_worse_end_is_reverted(nano_model: Nano) -> None:  # noqa: F811
+    outcome, initial = learn(nano_model, config=LearnedModalitySmoothing(epochs=3, learning_rate=5.0))
+    assert outcome.reverted
+    assert outcome.final_loss == outcome.initial_loss
+    assert all(torch.equal(outcome.factors[g][m], f) for g, by in initial.items() for m, f in by.items())
+
+
+def test_same_seed_same_bits_other_seed_other_order(nano_model: Nano) -> None:  # noqa: F811
+    first, second, other = learn(nano_model)[0], learn(nano_model)[0], learn(nano_model, seed=1)[0]
+    pairs = [
+        (first.factors[g][m], second.factors[g][m], other.factors[g][m])
+        for g in first.factors
+        for m in first.factors[g]
+    ]
+    assert all(torch.equal(a, b) for a, b, _ in pairs)
+    assert any(not torch.equal(a, c) for a, _, c in pairs)
+
+
+def test_gauge_invariance(nano_model: Nano) -> None:  # noqa: F811
+    """Scaling every s_m by a constant of its own changes nothing (a power of two: not even the rounding)."""
+    _, initial = learn(nano_model, config=LearnedModalitySmoothing(epochs=0))
+    constants = {Modality.TEXT: 4.0, Modality.VISION: 0.5, Modality.AUDIO: 16.0}
+    scaled = {g: {m: f * constants[m] for m, f in by.items()} for g, by in initial.items()}
+    for y, z in zip(outputs(nano_model, initial), outputs(nano_model, scaled), strict=True):
+        # exp(log s) is not exactly s, hence not torch.equal: a code may flip at a tie.
+        assert float((y - z).norm() / y.norm()) < 1e-3
+
+
+def test_one_modality_is_learned_smoothquant() -> None:
+    """If every token is of one modality its factor is what shared learned smoothing gives, whichever it is called."""
+    nano = make_nano(kinds=((), ()))
+    as_text = learn(nano)[0].factors
+    relabelled = [
+        ReplayBatch(b.kwargs, torch.where(b.modality == 0, 1, b.modality).to(torch.int8)) for b in nano.replay
+    ]
+    as_vision = learn(nano, relabelled)[0].factors
+    for group in as_text:
+        assert set(as_text[group]) == {Modality.TEXT}
+        assert set(as_vision[group]) == {Modality.VISION}
+        assert torch.equal(as_text[group][Modality.TEXT], as_vision[group][Modality.VISION])
+
+
+def test_a_modality_learns_from_its_own_rows(nano_model: Nano) -> None:  # noqa: F811
+    """With weight on audio alone the factors of vision and text see no direct loss of theirs."""
+    only_audio = LearnedModalitySmoothing(
+        epochs=2, learning_rate=0.02, loss_weights={"audio": 1.0, "text": 0.0, "vision": 0.0}
+    )
+    outcome, initial = learn(nano_model, config=only_audio)
+    # gate and up act on each token alone: without loss on vision rows nothing moves their factor there.
+    assert torch.allclose(outcome.factors["gate_up"][Modality.VISION], initial["gate_up"][Modality.VISION])
+    assert not torch.allclose(outcome.factors["gate_up"][Modality.AUDIO], initial["gate_up"][Modality.AUDIO])
+
+
+def test_nan_names_the_block(nano_model: Nano) -> None:  # noqa: F811
+    block = nano_model.adapter.blocks()[0]
+    initial = fit_modality(block, collect(block, nano_model.hidden, nano_model.replay), CONFIG).factors
+    targets = nano_model.targets()
+    nano_model.hidden[0][0, -1, 0] = float("nan")
+    data = BlockData(nano_model.hidden, targets, nano_model.replay)
+    with pytest.raises(NumericalError, match="block 0"):
+        learn_factors(block, "block 0", initial, data, SCHEME, CONFIG, seed=0)
+    assert isinstance(block.linear("query"), torch.nn.Linear)
+
+
+def test_linears_come_back(nano_model: Nano) -> None:  # noqa: F811
+    block = nano_model.adapter.blocks()[0]
+    before = {role: block.linear(role) for role in SCHEME.roles}
+    weights = {role: linear.weight.clone() for role, linear in before.items()}
+    learn(nano_model)
+    for role, linear in before.items():
+        assert block.linear(role) is linear
+        assert torch.equal(linear.weight, weights[role])
+        assert linear.weight.grad is None
+        assert not linear._forward_pre_hooks
+
+
+def test_loss_is_a_sum_of_means_per_modality() -> None:
+    modality = torch.tensor([[-1, 0, 0, 1]], dtype=torch.int8)
+    output = torch.tensor([[[9.0, 9], [1, 3], [2, 2], [5, 7]]])
+    weights = {Modality.TEXT: 1.0, Modality.VISION: 0.5, Modality.AUDIO: 1.0}
+    loss = block_loss(output, torch.zeros_like(output), modality, weights)
+    assert float(loss) == pytest.approx(2.0 + 0.5 * 6.0)
