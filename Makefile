@@ -67,10 +67,12 @@ test: $(STAMP)  ## the tests: CPU, offline, without the slow ones
 	@$(PYTHON) -m pytest $(TEST_ARGS)
 
 check: $(STAMP)  ## ruff, pyright, import contracts, and every configuration composes
-	@echo "ruff" && $(BIN)/ruff check .
-	@echo "pyright" && $(BIN)/pyright --pythonpath $(PYTHON)
-	@echo "import-linter" && $(BIN)/lint-imports --no-logo
-	@echo "configurations" && $(PYTHON) -m pytest -q tests/test_conf.py
+	@failed=; \
+	echo "ruff"; $(BIN)/ruff check . || failed+=" ruff"; \
+	echo "pyright"; $(BIN)/pyright --pythonpath $(PYTHON) || failed+=" pyright"; \
+	echo "import-linter"; $(BIN)/lint-imports --no-logo || failed+=" import-linter"; \
+	echo "configurations"; $(PYTHON) -m pytest -q tests/test_conf.py || failed+=" configurations"; \
+	if [ -n "$$failed" ]; then echo "make check failed:$$failed" >&2; exit 1; fi
 
 table: $(STAMP)  ## the table of the committed records, or of RECORDS="..."
 	@$(BIN)/masq table $(RECORDS)

@@ -19,7 +19,7 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Tasks of the embedded data that need the modality, and tokens of one sample: (embedded model, real model).
 _TASKS = {"text": 1, "vision": 2, "audio": 1}
 _TOKENS = {"zoo": 96, "real": 512}
-_EVALUATION_SAMPLES = 300
+_SPLIT_SAMPLES = 300
 _PROCESS_BYTES = 700e6
 _FLOPS = {"cpu_core": 40e9, "accelerator": 60e12}
 # Simulated integer products and fake quantization cost about this many float products.
@@ -133,8 +133,9 @@ class _Workload:
         calibration_tasks = len(config.calibration.tasks or ()) or num_tasks
         evaluation_tasks = len(config.evaluation.tasks or ()) or num_tasks
         tokens = _TOKENS["zoo" if config.model.source.startswith("zoo:") else "real"]
-        samples = evaluation_tasks * (config.evaluation.samples_per_task or _EVALUATION_SAMPLES)
-        calibration = 0 if config.method.is_float else calibration_tasks * config.calibration.samples_per_task
+        samples = evaluation_tasks * (config.evaluation.samples_per_task or _SPLIT_SAMPLES)
+        drawn = config.calibration.samples_per_task or _SPLIT_SAMPLES
+        calibration = 0 if config.method.is_float else calibration_tasks * drawn
         return cls(evaluation_tasks, calibration * tokens, samples, samples * tokens, tokens, active[1:])
 
 
@@ -192,7 +193,8 @@ def _memory(
     batch_tokens = config.evaluation.batch_size * workload.sample_tokens
     logits = 2 * batch_tokens * sizes.vocab_size * 4
     if config.method.is_float:
-        return {"evaluation": _PROCESS_BYTES + model + logits}
+        # Fidelity compares with a second copy even here: its answer, "identical", is a check of the harness.
+        return {"evaluation": _PROCESS_BYTES + 2 * model + logits}
     # A format without an integer product keeps a float32 copy of the weight beside its codes.
     has_copy = config.scheme.activation is None
     quantized = model + num_weights * ((5 if has_copy else 1) - width)
@@ -225,12 +227,14 @@ def _seconds(
     per_token = 2.0 * (parameters["decoder"] + parameters["towers"])
     per_answer = per_token * config.evaluation.max_new_tokens + 2.0 * sizes.vocab_size * sizes.hidden_size
     cost = 1.0 if config.method.is_float else _SIMULATION_COST
-    result = {"evaluation": cost * (per_token * workload.evaluation_tokens + per_answer * workload.evaluation_samples)}
+    fidelity = config.evaluation.fidelity_samples_per_task
+    compared = workload.evaluation_samples if fidelity is None else workload.num_tasks * fidelity
+    head = 2.0 * sizes.vocab_size * sizes.hidden_size
+    result = {
+        "evaluation": cost * (per_token * workload.evaluation_tokens + per_answer * workload.evaluation_samples),
+        "fidelity": (per_token * (1 + cost) + 2 * head) * compared * workload.sample_tokens,
+    }
     if not config.method.is_float:
-        fidelity = config.evaluation.fidelity_samples_per_task
-        samples = workload.evaluation_samples if fidelity is None else workload.num_tasks * fidelity
-        head = 2.0 * sizes.vocab_size * sizes.hidden_size
-        result["fidelity"] = (per_token * (1 + cost) + 2 * head) * samples * workload.sample_tokens
         smoothing = config.method.smoothing
         # Forward and backward cost three forward passes; two more measure the loss before and after.
         passes = 3 + _SIMULATION_COST * (3 * smoothing.epochs + 2 if smoothing.kind == "modality_learned" else 1)
@@ -252,12 +256,12 @@ def _steps(config: RunConfig, sizes: Architecture, workload: _Workload) -> list[
             f"quantize {sizes.num_layers} blocks to {config.scheme.name} with {method.name} ({method.description}): "
             f"smoothing {method.smoothing.kind}, rounding {method.rounding.kind}, "
             f"compensation {method.compensation.kind}",
-            "compare with the float model: SQNR, NLL and KL by modality",
         ]
     scored = f"{config.evaluation.samples_per_task} samples of each task"
     if config.evaluation.samples_per_task is None:
         scored = "the whole evaluation split"
-    return [*steps, f"score {scored}: {modalities}", "write record.json"]
+    compare = "compare with the float model: SQNR, NLL and KL by modality"
+    return [*steps, f"score {scored}: {modalities}", compare, "write record.json"]
 
 
 def _available_memory() -> str:

@@ -138,15 +138,10 @@ def _fidelity(
     config: RunConfig, reference: ModelAdapter, adapter: ModelAdapter, samples: list[Sample], folder: Path
 ) -> dict[str, Any]:
     """SQNR, NLL and KL against the float model on held-out samples."""
-    from masq.calibration.data import batches
+    from masq.calibration.data import batches, limit_per_task
     from masq.evaluation.fidelity import fidelity
 
-    limit = config.evaluation.fidelity_samples_per_task
-    if limit is not None:
-        by_task: dict[str, list[Sample]] = {}
-        for sample in samples:
-            by_task.setdefault(sample.task, []).append(sample)
-        samples = [sample for group in by_task.values() for sample in group[:limit]]
+    samples = limit_per_task(samples, config.evaluation.fidelity_samples_per_task)
     return fidelity(reference, adapter, batches(samples, config.evaluation.batch_size), folder / "fidelity")
 
 

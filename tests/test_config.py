@@ -190,6 +190,7 @@ def test_the_demo_preset_has_the_sizes_of_the_readme() -> None:
         ("scheme.weight", None, "activations are quantized only together with weights"),
         ("scheme.roles", ["query", "query"], "each once"),
         ("calibration.samples_per_task", 0, "samples_per_task must be positive"),
+        ("calibration.batch_size", 0, "batch_size must be positive"),
         ("calibration.tasks", [], "tasks must name at least one task"),
         ("evaluation.samples_per_task", 0, "samples_per_task must be positive"),
         ("evaluation.max_new_tokens", 0, "max_new_tokens must be positive"),

@@ -89,6 +89,8 @@ def test_estimates_move_the_right_way() -> None:
     demo, dual = plan(configured("preset=demo")), plan(configured("modality=dual"))
     assert sum(demo.seconds.values()) < sum(learned.seconds.values())
     assert demo.memory_bytes["calibration"] < learned.memory_bytes["calibration"]
+    everything = plan(configured("++calibration.samples_per_task=null"))
+    assert everything.memory_bytes["calibration"] > learned.memory_bytes["calibration"]
     assert dual.effective_bits < learned.effective_bits
     assert plan(configured("scheme=w8a8")).effective_bits == pytest.approx(learned.effective_bits + 4)
     assert plan(configured("model=qwen2_5_vl_7b", "modality=dual")).peak_memory_bytes > 8.29e9 * 2
@@ -98,7 +100,7 @@ def test_the_float_model_is_only_scored() -> None:
     planned = plan(configured("method=none", "scheme=w16a16"))
     assert planned.num_weights == 0
     assert planned.effective_bits == 32
-    assert set(planned.seconds) == {"evaluation"}
+    assert set(planned.seconds) == {"evaluation", "fidelity"}
     assert not any("calibrate" in step or "quantize" in step for step in planned.steps)
     assert planned.disk_bytes < 1e7
 

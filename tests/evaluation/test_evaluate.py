@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from masq.errors import ConfigError, DataError
+from masq.evaluation.config import EvaluationConfig
+from masq.evaluation.evaluate import EvaluationResult, evaluate
+from masq.evaluation.likelihood import answer_nll, head_inputs
+from masq.models.base import ModelAdapter, Sample
+
+Make = Callable[..., ModelAdapter]
+CONFIG = EvaluationConfig(batch_size=2, max_new_tokens=3, max_failure_share=1.0)
+
+
+@pytest.fixture
+def adapter(make_model: Make) -> ModelAdapter:
+    return make_model()
+
+
+def naive_nll(adapter: ModelAdapter, sample: Sample) -> list[float]:
+    """NLL of each scored token on full logits, one unpadded sample."""
+    batch = adapter.encode([sample], with_answer=True)
+    with torch.no_grad():
+        log_p = adapter.model(**batch.inputs, use_cache=False).logits[0].double().log_softmax(-1)
+    ids = batch.inputs["input_ids"][0].tolist()
+    return [-float(log_p[t - 1, ids[t]]) for t in range(1, len(ids)) if batch.answer_mask[0, t]]
+
+
+def test_perplexity_is_that_of_a_plain_loop(adapter: ModelAdapter, samples: list[Sample], tmp_path: Path) -> None:
+    prose = [sample for sample in samples if sample.task == "prose"]
+    values = [value for sample in prose for value in naive_nll(adapter, sample)]
+    score = evaluate(adapter, prose, CONFIG, tmp_path).scores["prose"]["perplexity"]
+    assert score.value == pytest.approx(math.exp(sum(values) / len(values)), rel=1e-5)
+    assert score.n == len(prose)
+    assert not (tmp_path / "answers").exists(), "prose is not generated"
+
+
+def test_answer_nll_of_a_padded_batch(adapter: ModelAdapter, samples: list[Sample]) -> None:
+    for task in ("digits", "speech", "joint"):
+        chosen = [sample for sample in samples if sample.task == task]
+        sums, counts = answer_nll(adapter, adapter.encode(chosen, with_answer=True))
+        expected = [naive_nll(adapter, sample) for sample in chosen]
+        assert counts == [len(values) for values in expected]
+        assert sums == pytest.approx([sum(values) for values in expected], rel=1e-4)
+
+
+def test_head_inputs_give_the_models_own_logits(adapter: ModelAdapter, samples: list[Sample]) -> None:
+    batch = adapter.encode(samples[:3], with_answer=True)
+    rows = head_inputs(adapter, batch)
+    with torch.no_grad():
+        logits = adapter.model(**batch.inputs, use_cache=False).logits
+        assert torch.allclose(adapter.head()(rows), logits[:, :-1][batch.answer_mask[:, 1:]], atol=1e-5)
+    assert not adapter.head()._forward_pre_hooks
+
+
+def test_scores_and_health_of_every_task(adapter: ModelAdapter, samples: list[Sample], tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    result = evaluate(adapter, samples, CONFIG, tmp_path, lambda *event: seen.append(event))
+    metrics = {task: list(scores) for task, scores in result.scores.items()}
+    assert metrics == {
+        "digits": ["exact_match"],
+        "speech": ["exact_match", "wer"],
+        "joint": ["exact_match"],
+        "prose": ["perplexity"],
+    }
+    assert list(result.health) == ["digits", "speech", "joint"]
+    assert all(counts["n"] == 3 for counts in result.health.values())
+    assert seen == [("answers", done, 6) for done in range(7)] + [("likelihood", done, 2) for done in range(3)]
+    names = sorted(path.name for path in (tmp_path / "answers").iterdir())
+    assert names == [f"{task}-{number:04d}.json" for task in ("digits", "joint", "speech") for number in range(2)]
+
+
+class Parrot:
+    """Answers with what it is told, token by token; token 0 ends an answer."""
+
+    end_ids = (0,)
+
+    def __init__(self, answers: dict[str, list[int]]) -> None:
+        self.answers = answers
+
+    def encode(self, samples: Any, *, with_answer: bool) -> Any:
+        return samples
+
+    def generate(self, samples: Any, max_new_tokens: int) -> list[list[int]]:
+        return [self.answers[sample.id][:max_new_tokens] for sample in samples]
+
+    def decode(self, ids: Any) -> str:
+        return " ".join(f"w{i}" for i in ids if i)
+
+
+def score(answers: dict[str, list[int]], share: float, folder: Path) -> EvaluationResult:
+    config = EvaluationConfig(batch_size=3, max_new_tokens=4, max_failure_share=share)
+    samples = [Sample(name, "speech", "q", "w1 w2") for name in answers]
+    model: Any = Parrot(answers)
+    return evaluate(model, samples, config, folder)
+
+
+ANSWERS = {"right": [1, 2, 0], "wrong": [1, 3, 0], "empty": [0], "runs": [5, 6, 7, 8, 9]}
+
+
+def test_scores_by_hand(tmp_path: Path) -> None:
+    result = score(ANSWERS, 0.5, tmp_path)
+    assert result.scores["speech"]["exact_match"].value == 0.25
+    assert result.scores["speech"]["wer"].value == (0 + 1 + 2 + 4) / 8
+    assert result.health["speech"] == {"n": 4, "empty": 1, "truncated": 1, "repeating": 0, "failed": 2}
+
+
+def test_too_many_failures_make_a_score_invalid_but_keep_it(tmp_path: Path) -> None:
+    fine = score(ANSWERS, 0.5, tmp_path / "a")
+    assert not fine.warnings
+    assert all(one.valid for one in fine.scores["speech"].values())
+    poor = score(ANSWERS, 0.49, tmp_path / "b")
+    assert not any(one.valid for one in poor.scores["speech"].values())
+    assert poor.scores["speech"]["exact_match"].value == 0.25
+    assert poor.scores["speech"]["exact_match"].to_dict()["valid"] is False
+    [warning] = poor.warnings
+    assert warning.startswith("speech: 2 of 4 answers failed (1 empty, 1 truncated, 0 repeating)")
+
+
+def test_resume_is_bit_identical(adapter: ModelAdapter, samples: list[Sample], tmp_path: Path) -> None:
+    undisturbed = asdict(evaluate(adapter, samples, CONFIG, tmp_path / "one"))
+    files = sorted(path for path in (tmp_path / "one").rglob("*.json"))
+    assert len(files) == 8
+    for path in files[::2]:
+        path.unlink()
+    assert asdict(evaluate(adapter, samples, CONFIG, tmp_path / "one")) == undisturbed
+
+
+@pytest.mark.parametrize(("stage", "at", "left"), [("answers", 2, 2), ("likelihood", 1, 7)])
+def test_killed_between_batches(
+    adapter: ModelAdapter, samples: list[Sample], tmp_path: Path, stage: str, at: int, left: int
+) -> None:
+    def killed(name: str, done: int, _total: int) -> None:
+        if (name, done) == (stage, at):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(adapter, samples, CONFIG, tmp_path / "killed", killed)
+    assert len(list((tmp_path / "killed").rglob("*.json"))) == left
+    resumed = evaluate(adapter, samples, CONFIG, tmp_path / "killed")
+    assert asdict(resumed) == asdict(evaluate(adapter, samples, CONFIG, tmp_path / "undisturbed"))
+
+
+def test_damaged_batches_are_computed_again(
+    adapter: ModelAdapter, samples: list[Sample], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = asdict(evaluate(adapter, samples, CONFIG, tmp_path))
+    for name in ("answers/digits-0001.json", "likelihood/prose-0000.json"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:-20])
+    assert asdict(evaluate(adapter, samples, CONFIG, tmp_path)) == first
+    assert caplog.text.count("is damaged and is computed again") == 2
+
+
+def test_unknown_task_fails_before_any_work(adapter: ModelAdapter, samples: list[Sample], tmp_path: Path) -> None:
+    strange = [*samples, Sample("x", "speach", "q", "a")]
+    with pytest.raises(ConfigError, match="unknown task.*Did you mean speech"):
+        evaluate(adapter, strange, CONFIG, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_to_score(adapter: ModelAdapter, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="at least one sample"):
+        evaluate(adapter, [], CONFIG, tmp_path)

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import math
+
+import jiwer
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from masq.errors import ConfigError, DataError
+from masq.evaluation.scoring import ANSWER_METRICS, exact_match, normalise, perplexity, ratio, word_error_rate
+from masq.evaluation.tasks import TASKS
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        (" Seven\n", "seven"),
+        ("YES.", "yes"),
+        ("yes . !", "yes"),
+        ("two  words", "two words"),
+        ("-5", "-5"),
+        ("3.5", "3.5"),
+        ("STRASSE", "strasse"),
+        ("straße", "strasse"),
+        ("...", ""),
+        ("", ""),
+    ],
+)
+def test_normalise(raw: str, clean: str) -> None:
+    assert normalise(raw) == clean
+
+
+def test_exact_match_by_hand() -> None:
+    score = exact_match(["Yes.", "no", "27", "2 7"], ["yes", "yes", "27", "27"])
+    assert (score.value, score.n, score.metric, score.higher_is_better, score.valid) == (
+        0.5,
+        4,
+        "exact_match",
+        True,
+        True,
+    )
+    assert score.standard_error == pytest.approx(math.sqrt(0.25 / 3))
+    hits = np.array([1, 0, 1, 0])
+    assert score.standard_error == pytest.approx(hits.std(ddof=1) / 2)
+
+
+def test_single_sample_has_no_standard_error() -> None:
+    assert exact_match(["a"], ["a"]).standard_error is None
+    assert word_error_rate(["a"], ["a"]).standard_error is None
+    assert perplexity([1.0], [1]).standard_error is None
+
+
+def test_lengths_must_agree() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        exact_match(["a"], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("answers", "references", "rate"),
+    [
+        (["the cat sat"], ["the cat sat"], 0.0),
+        (["the cat"], ["the cat sat"], 1 / 3),
+        (["the fat cat sat"], ["the cat sat"], 1 / 3),
+        (["the bat sat"], ["the cat sat"], 1 / 3),
+        ([""], ["the cat sat"], 1.0),
+        (["a b c d e f"], ["x"], 6.0),
+        (["The CAT, sat."], ["the cat sat"], 0.0),
+        # Of the corpus, not the mean of the utterances (which would be 0.5).
+        (["a", "b c d"], ["x", "b c d"], 1 / 4),
+        (["one three", "two two nine"], ["one two three", "two nine"], 2 / 5),
+    ],
+)
+def test_word_error_rate_by_hand(answers: list[str], references: list[str], rate: float) -> None:
+    score = word_error_rate(answers, references)
+    assert score.value == pytest.approx(rate)
+    assert (score.n, score.metric, score.higher_is_better) == (len(references), "wer", False)
+
+
+WORDS = st.lists(st.sampled_from(["one", "two", "six"]), min_size=1, max_size=5).map(" ".join)
+
+
+@given(st.lists(st.tuples(WORDS | st.just(""), WORDS), min_size=1, max_size=6))
+def test_word_error_rate_is_jiwers(pairs: list[tuple[str, str]]) -> None:
+    answers, references = ([pair[side] for pair in pairs] for side in (0, 1))
+    assert word_error_rate(answers, references).value == pytest.approx(jiwer.wer(references, answers))
+
+
+def test_word_error_rate_bootstrap_is_seeded_and_right() -> None:
+    generator = np.random.default_rng(3)
+    references = ["a b c d"] * 400
+    wrong = generator.integers(0, 5, 400)
+    answers = [" ".join(["x"] * k + ["a", "b", "c", "d"][k:]) for k in wrong]
+    score = word_error_rate(answers, references)
+    assert score == word_error_rate(answers, references)
+    # With utterances of one length the rate is a plain mean, whose standard error is known.
+    assert score.standard_error == pytest.approx((wrong / 4).std(ddof=1) / 20, rel=0.1)
+
+
+def test_reference_without_words() -> None:
+    with pytest.raises(DataError, match="needs references with words.*' ... '"):
+        word_error_rate(["a", "b"], ["a", " ... "])
+
+
+def test_perplexity_weighs_tokens_not_passages() -> None:
+    score = perplexity([2.0, 30.0], [2, 10])
+    assert score.value == pytest.approx(math.exp(32 / 12))
+    assert (score.n, score.metric, score.higher_is_better) == (2, "perplexity", False)
+
+
+def test_perplexity_of_equal_passages_has_the_known_error() -> None:
+    nll = np.random.default_rng(5).normal(3, 0.2, 50)
+    score = perplexity(list(nll * 10), [10] * 50)
+    assert score.value == pytest.approx(math.exp(nll.mean()))
+    assert score.standard_error == pytest.approx(math.exp(nll.mean()) * nll.std(ddof=1) / math.sqrt(50))
+
+
+def test_hopeless_perplexity_is_infinite_not_an_exception() -> None:
+    score = perplexity([8000.0, 9000.0], [10, 10])
+    assert score.value == math.inf
+    assert score.standard_error == math.inf
+
+
+def test_perplexity_needs_predicted_tokens() -> None:
+    with pytest.raises(DataError, match="more than one token"):
+        perplexity([0.0], [0])
+
+
+def test_ratio_error_agrees_with_a_bootstrap() -> None:
+    generator = np.random.default_rng(8)
+    counts = generator.integers(1, 20, 300)
+    sums = counts * generator.normal(2, 0.5, 300)
+    value, error = ratio(list(sums), list(counts))
+    drawn = generator.integers(300, size=(3000, 300))
+    resampled = sums[drawn].sum(1) / counts[drawn].sum(1)
+    assert value == pytest.approx(sums.sum() / counts.sum())
+    assert error == pytest.approx(resampled.std(), rel=0.1)
+
+
+def test_every_task_names_known_metrics() -> None:
+    for name in TASKS.names():
+        kind = TASKS.get(name)
+        known = ANSWER_METRICS.names() if kind.mode == "generate" else ["perplexity"]
+        assert kind.metrics
+        assert set(kind.metrics) <= set(known)
+
+
+def test_tasks_of_the_embedded_data() -> None:
+    assert TASKS.names() == ["digits", "joint", "prose", "read", "speech"]
+    assert TASKS.get("speech").metrics == ("exact_match", "wer")
+    with pytest.raises(ConfigError, match="Did you mean digits"):
+        TASKS.get("digit")

@@ -1,0 +1,246 @@
+"""One run end to end on a tiny model: record, skipping, crashes, sweeps without Hydra."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from masq import run as run_module
+from masq.config import RunConfig, decode
+from masq.errors import ConfigError, DataError
+from masq.models.base import Sample
+from masq.models.zoo import nano
+from masq.report.record import RunRecord, comparable, read_record
+from masq.run import run
+
+TASKS = {"read": ("vision",), "speech": ("audio",), "joint": ("vision", "audio"), "prose": ()}
+
+
+def write_split(path: Path, split: str, count: int, seed: int) -> Path:
+    """A Parquet split with random media."""
+    samples: list[Sample] = []
+    for position, (task, kinds) in enumerate(TASKS.items()):
+        for index, sample in enumerate(nano.random_samples(kinds, count, seed=seed + position)):
+            question = "" if task == "prose" else sample.question
+            answer = f"{sample.question} {sample.answer} {sample.question}" if task == "prose" else sample.answer
+            samples.append(replace(sample, id=f"{task}-{split}-{index}", task=task, question=question, answer=answer))
+    columns = {
+        key: [getattr(s, key) for s in samples] for key in ("id", "task", "question", "answer", "image", "audio")
+    }
+    types = [pa.string()] * 4 + [pa.binary()] * 2
+    pq.write_table(pa.table({k: pa.array(v, t) for (k, v), t in zip(columns.items(), types, strict=True)}), path)
+    return path
+
+
+METHODS = {
+    "none": {"rounding": {"kind": "none"}},
+    "rtn": {},
+    "smoothquant": {"smoothing": {"kind": "shared"}},
+    "mas": {
+        "smoothing": {"kind": "modality_learned", "epochs": 1},
+        "rounding": {"kind": "nearest", "per_modality": True},
+    },
+    "masquant": {
+        "smoothing": {"kind": "modality_learned", "epochs": 1},
+        "compensation": {"kind": "whitened_low_rank", "rank_ratio": 0.1},
+    },
+    "qera": {
+        "smoothing": {"kind": "shared", "source": "text"},
+        "compensation": {"kind": "whitened_low_rank", "rank_ratio": 0.1},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Calibration and evaluation data."""
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        "calibration": write_split(folder / "calibration.parquet", "calibration", 4, 100),
+        "evaluation": write_split(folder / "evaluation.parquet", "evaluation", 3, 200),
+    }
+
+
+def plain(splits: dict[str, Path], root: Path, method: str = "rtn", **changes: object) -> dict:
+    """The configuration of a cell as a plain dictionary."""
+    scheme = changes.pop("scheme", "w4a6")
+    bits = {"w4a6": (4, 6), "w8a8": (8, 8)}[scheme]
+    return {
+        "model": {
+            "name": "nano_omni",
+            "family": "qwen2_5_omni",
+            "source": "zoo:nano_omni",
+            "modalities": ["text", "vision", "audio"],
+            "dtype": "float32",
+        },
+        "modality": {"name": "tri"},
+        "scheme": {
+            "name": scheme,
+            "weight": {"bits": bits[0]},
+            "activation": {"bits": bits[1], "granularity": "per_token"},
+        },
+        "method": {"name": method, **METHODS[method]},
+        "calibration": {"samples_per_task": 4, "batch_size": 3, "source": str(splits["calibration"])},
+        "evaluation": {"batch_size": 2, "max_new_tokens": 3, "source": str(splits["evaluation"])},
+        "output": {"root": str(root)},
+        **changes,
+    }
+
+
+def config(splits: dict[str, Path], root: Path, method: str = "rtn", **changes: object) -> RunConfig:
+    return decode(plain(splits, root, method, **changes))
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_end_to_end(splits: dict[str, Path], tmp_path: Path, method: str) -> None:
+    record = run(config(splits, tmp_path, method))
+    assert record.status == "finished"
+    assert set(record.scores) == set(TASKS)
+    assert record.scores["read"]["exact_match"]["n"] == 3
+    assert set(record.fidelity["sqnr"]) == {"text", "vision", "audio"}
+    assert set(record.fidelity["kl"]) == {"text", "vision", "audio", "joint"}
+    folder = next(tmp_path.glob("nano_omni-tri-w4a6-*"))
+    assert {"config.yaml", "log", "record.json"} <= {path.name for path in folder.iterdir()}
+    assert comparable(read_record(folder)) == comparable(record)
+    assert str(tmp_path) not in json.dumps(record.provenance)
+    sqnr = record.fidelity["sqnr"].values()
+    if method == "none":
+        assert set(sqnr) == {200.0}
+        assert record.effective_bits["total"] == 32
+        assert record.fidelity["kl"]["text"] == 0
+        assert record.blocks == []
+        assert any("ignored" in warning for warning in record.warnings)
+    else:
+        assert all(0 < value < 60 for value in sqnr)
+        # mas stores three weights wherever it smooths, that is everywhere but in down.
+        assert 4 < record.effective_bits["codes"] < 12 if method == "mas" else record.effective_bits["codes"] == 4
+        assert (record.effective_bits["adapters"] > 0) == (method in ("masquant", "qera"))
+        assert len(record.blocks) == 3
+
+
+def test_a_finished_run_is_skipped(splits: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(config(splits, tmp_path))
+    monkeypatch.setattr(run_module, "_fill", lambda *_args: pytest.fail("ran again"))
+    assert run(config(splits, tmp_path)).to_dict() == first.to_dict()
+
+
+def test_identity_follows_config_and_data(splits: dict[str, Path], tmp_path: Path) -> None:
+    base = run(config(splits, tmp_path)).identity
+    assert run(config(splits, tmp_path, seed=1)).identity != base
+    assert run(config(splits, tmp_path, threads=torch.get_num_threads())).identity == base
+    other = {**splits, "evaluation": write_split(tmp_path / "other.parquet", "evaluation", 3, 300)}
+    assert run(config(other, tmp_path)).identity != base
+
+
+def test_starts_from_its_own_config_yaml(splits: dict[str, Path], tmp_path: Path) -> None:
+    import yaml
+
+    record = run(config(splits, tmp_path))
+    stored = yaml.safe_load(next(tmp_path.glob("nano*/config.yaml")).read_text())
+    assert decode(stored) == config(splits, tmp_path)
+    assert run(decode(stored)).to_dict() == record.to_dict()
+
+
+def test_dual_never_sees_audio(splits: dict[str, Path], tmp_path: Path) -> None:
+    record = run(config(splits, tmp_path, "masquant", modality={"name": "dual"}))
+    assert set(record.scores) == {"read", "prose"}
+    assert set(record.fidelity["sqnr"]) == {"text", "vision"}
+    assert all(set(block["sqnr"]) == {"text", "vision"} for block in record.blocks)
+    stored = next(tmp_path.glob("artifacts/*/block-000.safetensors"))
+    from safetensors import safe_open
+
+    with safe_open(stored, "pt") as file:
+        assert not [key for key in file.keys() if "audio" in key]  # noqa: SIM118
+    assert not any("audio" in warning for warning in record.warnings)
+
+
+def test_overlapping_splits_stop_the_run(splits: dict[str, Path], tmp_path: Path) -> None:
+    leaking = {**splits, "evaluation": splits["calibration"]}
+    with pytest.raises(DataError, match="calibration"):
+        run(config(leaking, tmp_path))
+    assert not list(tmp_path.glob("nano*"))
+
+
+def test_no_data_is_an_error_at_once(splits: dict[str, Path], tmp_path: Path) -> None:
+    cell = plain(splits, tmp_path)
+    cell["calibration"]["source"] = "auto"
+    with pytest.raises(ConfigError, match="calibration.source"):
+        run(decode(cell))
+
+
+def test_a_failure_is_recorded_and_tried_again(
+    splits: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_args: object) -> None:
+        raise RuntimeError("the disk is on fire")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_quantize", broken)
+        with pytest.raises(RuntimeError):
+            run(config(splits, tmp_path))
+    record = read_record(next(tmp_path.glob("nano*")))
+    assert record.status == "failed"
+    assert record.failure == {"kind": "RuntimeError", "message": "the disk is on fire"}
+    assert run(config(splits, tmp_path)).status == "finished"
+
+
+KILLER = """
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+from masq.config import decode
+from masq.evaluation.batch_store import BatchStore
+from masq.pipeline.store import BlockStore
+from masq.run import run
+
+target, after = {"block": BlockStore, "batch": BatchStore}[sys.argv[2]], int(sys.argv[3])
+real, count = target.save, 0
+
+def save(self, *args):
+    global count
+    real(self, *args)
+    count += 1
+    if count == after:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+target.save = save
+run(decode(json.loads(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "where", "after"),
+    [("masquant", "block", 2), ("masquant", "block", 5), ("masquant", "batch", 3), ("smoothquant", "batch", 9)],
+)
+def test_kill_and_resume_is_bit_identical(
+    splits: dict[str, Path], tmp_path: Path, method: str, where: str, after: int
+) -> None:
+    """SIGKILL while calibrating and while evaluating: the resumed record equals an undisturbed one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected = run(config(splits, tmp_path / "undisturbed", method))
+        arguments = [json.dumps(plain(splits, tmp_path / "killed", method)), where, str(after)]
+        killed = subprocess.run([sys.executable, "-c", KILLER, *arguments], capture_output=True, check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+        assert not list((tmp_path / "killed").glob("*/record.json"))
+        resumed = run(config(splits, tmp_path / "killed", method))
+    finally:
+        torch.set_num_threads(threads)
+    assert same_result(resumed, expected)
+
+
+def same_result(a: RunRecord, b: RunRecord) -> bool:
+    """Equal but for the folder that results went to."""
+    left, right = comparable(a), comparable(b)
+    del left["config"]["output"], right["config"]["output"]
+    return left == right
