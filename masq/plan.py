@@ -160,10 +160,13 @@ def _stored_bits(config: RunConfig, sizes: Architecture, shapes: dict[str, tuple
     if weight is None or method.is_float or method.rounding.kind == "none":
         return 0
     others = len(_Workload.of(config).other_modalities)
-    copies = 1 + others if method.rounding.per_modality else 1
+    groups_smoothed = () if method.smoothing.kind == "none" else method.smoothing.groups
+    smoothed = {role for group in groups_smoothed for role in _ROLES_OF_GROUP[group]}
     bits = 0.0
     for role in config.scheme.roles:
         d_out, d_in = shapes[role]
+        # Where the modalities share their factor, they share their weight too.
+        copies = 1 + others if method.rounding.per_modality and role in smoothed else 1
         groups = d_in // weight.group_size if weight.group_size else 1
         # Float32 scales, and float32 zero points where the format has them.
         bits += copies * d_out * (d_in * weight.bits + groups * (32 if weight.symmetric else 64))

@@ -8,7 +8,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from masq.config import RunConfig, active_modalities, identity, notes, run_folder, to_dict
 from masq.errors import ConfigError, DataError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from masq.models.base import ModelAdapter, Sample
     from masq.modules.modality import ModalityContext
+    from masq.report.record import ScoreEntry
 
 _LOG = logging.getLogger(__name__)
 _ZOO = "zoo:"
@@ -54,7 +55,7 @@ def run(config: RunConfig) -> RunRecord:
         return finished
     require_writable_folder(folder)
     _set_threads(config.threads)
-    record = RunRecord.start(key, to_dict(config), provenance(config.seed, hashes, device=config.model.device))
+    record = RunRecord.start(key, _public_config(config), provenance(config.seed, hashes, device=config.model.device))
     record.warnings.extend(notes(config))
     with _log_file(folder / "log"):
         try:
@@ -92,7 +93,10 @@ def _fill(
     record.effective_bits = footprint(adapter.blocks()).to_dict()
     with _timed(record, "evaluate"):
         result = evaluate(adapter, data["evaluation"], config.evaluation, folder / "answers")
-    record.scores = {t: {m: score.to_dict() for m, score in by.items()} for t, by in result.scores.items()}
+    record.scores = {
+        task: {metric: cast("ScoreEntry", score.to_dict()) for metric, score in by.items()}
+        for task, by in result.scores.items()
+    }
     record.health = result.health
     record.warnings.extend(result.warnings)
     with _timed(record, "fidelity"):
@@ -177,6 +181,18 @@ def _source(config: RunConfig, split: str) -> Path:
     from masq.models.zoo.smol_omni import data_path
 
     return data_path(split)
+
+
+def _public_config(config: RunConfig) -> dict[str, Any]:
+    """The configuration as records hold it: of a file or folder its name, for where it lay is nobody's business.
+
+    The data hashes in the provenance tell which data they were.
+    """
+    plain = to_dict(config)
+    for group, key in (("model", "source"), ("calibration", "source"), ("evaluation", "source"), ("output", "root")):
+        if Path(plain[group][key]).is_absolute():
+            plain[group][key] = Path(plain[group][key]).name
+    return plain
 
 
 def _factors_key(config: RunConfig, hashes: dict[str, str]) -> str:

@@ -79,6 +79,10 @@ def test_effective_bits_by_hand() -> None:
     assert ranks == {"query": 2, "key": 0, "value": 0, "output": 2, "gate": 2, "up": 2}
     vectors = 32 * 2 * 3 * 48
     assert masquant.effective_bits == pytest.approx((4 * weights + 32 * rows + vectors + adapters) / weights)
+    # A weight per modality, for the smoothed linears alone.
+    mas = plan(configured("model=nano_vl", "modality=dual", "method=mas"))
+    copied = sum(4 * a * b + 32 * a for role, (a, b) in shapes.items() if role != "down")
+    assert mas.effective_bits == pytest.approx((4 * weights + 32 * rows + vectors + copied) / weights)
 
 
 def test_estimates_move_the_right_way() -> None:

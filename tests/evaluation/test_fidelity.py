@@ -13,7 +13,7 @@ from masq.calibration.data import batches
 from masq.errors import DataError, NumericalError
 from masq.evaluation.fidelity import fidelity, sample_kind, summarize, token_groups
 from masq.evaluation.likelihood import ROWS_PER_CHUNK, answer_nll
-from masq.models.base import Modality, ModelAdapter, Role, Sample
+from masq.models.base import EncodedBatch, Modality, ModelAdapter, Role, Sample
 from masq.modules.modality import install
 from masq.modules.quant_linear import QuantLinear
 from masq.numerics.affine import quantize
@@ -24,14 +24,26 @@ KINDS = {"digits": "vision", "speech": "audio", "joint": "joint", "prose": "text
 NAMES = {0: "text", 1: "vision", 2: "audio"}
 
 
-def numbers(value: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+def numbers(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every number in a result, by path."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if items is None:
+    if not isinstance(value, dict | list):
         yield prefix, value
         return
-    for key, inner in items:
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
         yield from numbers(inner, f"{prefix}.{key}")
+
+
+def run_plainly(adapter: ModelAdapter, batch: EncodedBatch) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Outputs [T, d] of every block, and log-probabilities [T, V], of one sample in float64."""
+    kept: list[Any] = []
+    layers = adapter.model.model.language_model.layers
+    handles = [layer.register_forward_hook(lambda _m, _a, out: kept.append(out)) for layer in layers]
+    with torch.no_grad():
+        logits = adapter.model(**batch.inputs, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    outputs = [(out[0] if isinstance(out, tuple) else out)[0].double() for out in kept]
+    return outputs, logits[0].double().log_softmax(-1)
 
 
 def naive(reference: ModelAdapter, quantized: ModelAdapter, samples: list[Sample]) -> dict[str, Any]:
@@ -40,29 +52,20 @@ def naive(reference: ModelAdapter, quantized: ModelAdapter, samples: list[Sample
     sums: dict[tuple[str, str], list[float]] = {}
     for sample in samples:
         batch = reference.encode([sample], with_answer=True)
-        outputs, log_p = [], []
-        for adapter in (reference, quantized):
-            kept: list[torch.Tensor] = []
-            layers = adapter.model.model.language_model.layers
-            handles = [layer.register_forward_hook(lambda _m, _a, out, kept=kept: kept.append(out)) for layer in layers]
-            with torch.no_grad():
-                logits = adapter.model(**batch.inputs, use_cache=False).logits
-            for handle in handles:
-                handle.remove()
-            outputs.append([(out[0] if isinstance(out, tuple) else out)[0].double() for out in kept])
-            log_p.append(logits[0].double().log_softmax(-1))
-        for block, (y, y_q) in enumerate(zip(*outputs, strict=True)):
+        expected, log_p = run_plainly(reference, batch)
+        found, log_q = run_plainly(quantized, batch)
+        for block, (y, y_q) in enumerate(zip(expected, found, strict=True)):
             for position, modality in enumerate(batch.modality[0].tolist()):
                 group = "first" if position == 0 else NAMES[modality]
                 noise = (y[position] - y_q[position]).pow(2).sum()
                 value = 10 * math.log10(float(y[position].pow(2).sum() / noise))
                 sqnr.setdefault((group, block), []).append(value)
-        for position, target in enumerate(batch.inputs["input_ids"][0].tolist()):
-            if batch.answer_mask[0, position]:
-                p, q = (one[position - 1] for one in log_p)
-                kl = float((p.exp() * (p - q)).sum())
-                for name, value in (("nll_float", -float(p[target])), ("nll", -float(q[target])), ("kl", kl)):
-                    sums.setdefault((name, KINDS[sample.task]), []).append(value)
+        for position in batch.answer_mask[0].nonzero()[:, 0].tolist():
+            target = int(batch.inputs["input_ids"][0, position])
+            p, q = log_p[position - 1], log_q[position - 1]
+            kl = float((p.exp() * (p - q)).sum())
+            for name, value in (("nll_float", -float(p[target])), ("nll", -float(q[target])), ("kl", kl)):
+                sums.setdefault((name, KINDS[sample.task]), []).append(value)
     return {"sqnr": {key: sum(v) / len(v) for key, v in sqnr.items()}, "sums": sums}
 
 
@@ -183,7 +186,7 @@ def test_hooks_are_removed_also_after_errors(make_model: Make, samples: list[Sam
     fidelity(reference, quantized, batches(samples, 3), tmp_path / "a")
     assert num_hooks(reference) == num_hooks(quantized) == 0
     with torch.no_grad():
-        quantized.blocks()[1].linear(Role.DOWN).weight.fill_(float("nan"))
+        next(quantized.blocks()[1].linear(Role.DOWN).parameters()).fill_(float("nan"))
     with pytest.raises(NumericalError, match="block 1 of the quantized model must be finite"):
         fidelity(reference, quantized, batches(samples, 3), tmp_path / "b")
     with pytest.raises(NumericalError, match="block 1 of the float model"):
@@ -197,9 +200,11 @@ def test_infinite_outputs_and_logits_are_errors(make_model: Make, samples: list[
         quantized.head().weight[5].fill_(float("inf"))
     with pytest.raises(NumericalError, match="logits must be finite"):
         fidelity(reference, quantized, batches(samples, 3), tmp_path)
-    quantized.blocks()[2].module.register_forward_hook(
-        lambda _m, _a, out: torch.full_like(out[0] if isinstance(out, tuple) else out, float("inf"))
-    )
+
+    def explode(_module: Any, _args: Any, output: Any) -> Any:
+        return torch.full_like(output[0] if isinstance(output, tuple) else output, float("inf"))
+
+    quantized.blocks()[2].module.register_forward_hook(explode)
     with pytest.raises(NumericalError, match="block 2 of the quantized model"):
         fidelity(reference, quantized, batches(samples, 3), tmp_path)
 
