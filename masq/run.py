@@ -92,7 +92,7 @@ def _fill(
         _quantize(record, config, adapter, context, data["calibration"], hashes, folder)
     record.effective_bits = footprint(adapter.blocks()).to_dict()
     with _timed(record, "evaluate"):
-        result = evaluate(adapter, data["evaluation"], config.evaluation, folder / "answers")
+        result = evaluate(adapter, data["evaluation"], config.evaluation, folder)
     record.scores = {
         task: {metric: cast("ScoreEntry", score.to_dict()) for metric, score in by.items()}
         for task, by in result.scores.items()
