@@ -6,7 +6,7 @@ states, so memory holds one block's temporaries plus the cached activations.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,10 @@ class BlockData:
 
 class _FirstBlockReachedError(Exception):
     """Ends a forward pass once the inputs of the first block are known."""
+
+
+class _AllSeenError(Exception):
+    """Ends a block's forward pass once every wanted input was seen."""
 
 
 def capture(adapter: ModelAdapter, batches: Sequence[EncodedBatch]) -> tuple[list[torch.Tensor], list[ReplayBatch]]:
@@ -112,39 +116,52 @@ def collect(
     hidden: Sequence[torch.Tensor],
     batches: Sequence[ReplayBatch],
     *,
+    groups: Collection[str] = tuple(GROUPS),
     second_moment: Collection[str] = (),
 ) -> dict[str, GroupStatistics]:
-    """Statistics, by modality, of the input of every group of linears of a block.
+    """Statistics, by modality, of the inputs of groups of linears of a block.
+
+    The block runs no further than the last group asked for: without ``down`` most of its arithmetic is saved.
 
     Args:
         block: a block with float linears.
         hidden: its input by batch, [B, T, d].
         batches: the matching replay batches.
-        second_moment: groups whose second moment is wanted besides the absolute maximum.
+        groups: groups whose absolute maximum is wanted.
+        second_moment: groups whose second moment is wanted as well.
 
     Returns:
-        Statistics by group name.
+        Statistics by group name, of the groups asked for.
     """
-    accumulators = {group: GroupAccumulator(second_moment=group in second_moment) for group in GROUPS}
+    wanted = [group for group in GROUPS if group in groups or group in second_moment]
+    accumulators = {group: GroupAccumulator(second_moment=group in second_moment) for group in wanted}
+    if not wanted:
+        return {}
     with _observed(block, accumulators) as current:
         for hidden_btd, batch in zip(hidden, batches, strict=True):
             current.clear()
             current.append(batch.modality)
-            block.forward(hidden_btd, batch.kwargs)
+            with suppress(_AllSeenError):
+                block.forward(hidden_btd, batch.kwargs)
     return {group: accumulator.result() for group, accumulator in accumulators.items()}
 
 
 @contextmanager
 def _observed(block: BlockAdapter, accumulators: dict[str, GroupAccumulator]) -> Iterator[list[torch.Tensor]]:
-    """Feed the accumulators from the first linear of each group while the context lasts."""
+    """Feed the accumulators from the first linear of each group while the context lasts; stop after the last group."""
     current: list[torch.Tensor] = []
+    last = list(accumulators)[-1]
 
-    def observer(accumulator: GroupAccumulator) -> Any:
-        return lambda _module, args: accumulator.update(args[0], current[0])
+    def observer(group: str) -> Any:
+        def observe(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            accumulators[group].update(args[0], current[0])
+            if group == last:
+                raise _AllSeenError
+
+        return observe
 
     handles = [
-        block.linear(Role(GROUPS[group][0])).register_forward_pre_hook(observer(accumulator))
-        for group, accumulator in accumulators.items()
+        block.linear(Role(GROUPS[group][0])).register_forward_pre_hook(observer(group)) for group in accumulators
     ]
     try:
         yield current

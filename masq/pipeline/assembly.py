@@ -44,6 +44,11 @@ class Stages:
         """Groups that get low-rank corrections, and so need second moments."""
         return () if self.compensation.kind == "none" else tuple(self.compensation.groups)
 
+    @property
+    def uses_float_chain(self) -> bool:
+        """Whether second moments come from the float model's activations."""
+        return self.compensation.kind != "none" and self.compensation.activations == "float"
+
 
 @torch.no_grad()
 def quantize_block(

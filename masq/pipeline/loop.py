@@ -128,9 +128,9 @@ def _learn(
     for index, block in enumerate(adapter_blocks):
         name = f"block {index}"
         targets = _outputs(block, name, floats, replay, context) if walk_needed else []
-        stored = store.load(index)
+        stored, outputs = store.load(index), None
         if stored is None:
-            statistics = collect(block, quantized, replay)
+            statistics = collect(block, quantized, replay, groups=stages.smoothing.groups)
             initial = SMOOTHING.get(stages.smoothing.kind)(block, statistics, stages.smoothing).factors
             data = BlockData(quantized, targets, replay)
             outcome = learn_factors(block, name, initial, data, stages.scheme, stages.smoothing, seed=stages.seed)
@@ -139,15 +139,15 @@ def _learn(
                 "final_loss": outcome.final_loss,
                 "reverted": outcome.reverted,
             }
-            stored = _flatten(outcome.factors), note
+            stored, outputs = (_flatten(outcome.log_factors), note), outcome.outputs
             store.save(index, *stored)
-        plan = SmoothingPlan(_unflatten(stored[0], hidden[0].device))
-        plans.append(plan)
+        logs = _unflatten(stored[0], hidden[0].device)
+        plans.append(SmoothingPlan({group: {m: log.exp() for m, log in by.items()} for group, by in logs.items()}))
         report.blocks.append({"index": index, **stored[1]})
         if stored[1]["reverted"]:
             report.warnings.append(f"{name}: learning did not lower the loss, the starting factors were kept")
         if walk_needed:
-            quantized = run_fake_quantized(block, name, plan.factors, quantized, replay, stages.scheme)
+            quantized = outputs or run_fake_quantized(block, name, logs, quantized, replay, stages.scheme)
             floats = targets
             clock.tick(f"loss {stored[1]['initial_loss']:.4f} -> {stored[1]['final_loss']:.4f}")
     return plans
@@ -163,29 +163,41 @@ def _quantize(
     learned: list[SmoothingPlan] | None,
     report: QuantizationReport,
 ) -> None:
-    """Second walk: statistics on the quantized chain, plan, round, correct, replace, advance."""
+    """Second walk: statistics on the quantized chain, plan, round, correct, replace, advance.
+
+    Unless a stage asks for it, the float chain is only the yardstick of the progress lines: one batch of every mix of
+    modalities is enough.
+    """
     adapter_blocks = adapter.blocks()
     clock = BlockClock("quantize", len(adapter_blocks))
-    floats, quantized = hidden, hidden
+    watched = list(range(len(replay))) if stages.uses_float_chain else _one_of_each_mix(replay)
+    seen = [replay[index] for index in watched]
+    floats, quantized = [hidden[index] for index in watched], hidden
     for index, block in enumerate(adapter_blocks):
         name = f"block {index}"
-        targets = _outputs(block, name, floats, replay, context)
+        targets = _outputs(block, name, floats, seen, context)
         stored = store.load(index)
         if stored is None:
-            captured = _quantize_one(
-                block, name, (floats, quantized), replay, stages, context, learned[index] if learned else None
-            )
-            note = {"captured": captured}
+            plan = learned[index] if learned else None
+            note = {"captured": _quantize_one(block, name, (floats, quantized), replay, stages, context, plan)}
         else:
-            restore_block(block, stored[0], stages.scheme, context, floats[0].dtype)
-            note = {"captured": stored[1]["captured"]}
+            restore_block(block, stored[0], stages.scheme, context, quantized[0].dtype)
+            note = stored[1]
         quantized = _outputs(block, name, quantized, replay, context)
-        sqnr = _mean_sqnr(targets, quantized, replay)
+        sqnr = _mean_sqnr(targets, [quantized[index] for index in watched], seen)
         if stored is None:
             store.save(index, block_tensors(block), note)
         floats = targets
         _merge(report.blocks, index, {"sqnr": sqnr, **note})
         clock.tick("SQNR dB " + " ".join(f"{key} {value:.1f}" for key, value in sqnr.items()))
+
+
+def _one_of_each_mix(replay: Sequence[ReplayBatch]) -> list[int]:
+    """Index of the first batch of every set of modalities."""
+    first: dict[frozenset[int], int] = {}
+    for index, batch in enumerate(replay):
+        first.setdefault(frozenset(batch.modality.unique().tolist()) - {int(Modality.PADDING)}, index)
+    return sorted(first.values())
 
 
 def _quantize_one(
@@ -199,13 +211,14 @@ def _quantize_one(
 ) -> dict[str, float]:
     """Fit and apply every stage on one block; returns the captured shares of its corrections."""
     floats, quantized = chains
-    wanted = stages.compensated_groups
-    use_floats = bool(wanted) and stages.compensation.kind != "none" and stages.compensation.activations == "float"
-    statistics = collect(block, quantized, replay, second_moment=() if use_floats else wanted)
+    smoothed = () if plan is not None or stages.smoothing.kind == "none" else stages.smoothing.groups
+    moments = stages.compensated_groups
+    on_floats = stages.uses_float_chain
+    statistics = collect(block, quantized, replay, groups=smoothed, second_moment=() if on_floats else moments)
     if plan is None:
         plan = SMOOTHING.get(stages.smoothing.kind)(block, statistics, stages.smoothing)
-    if use_floats:
-        statistics = collect(block, floats, replay, second_moment=wanted)
+    if on_floats:
+        statistics = collect(block, floats, replay, groups=(), second_moment=moments)
     return quantize_block(block, name, plan, statistics, stages, context)
 
 

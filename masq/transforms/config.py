@@ -106,7 +106,7 @@ class LearnedModalitySmoothing:
     alpha: float = 0.5
     groups: tuple[GroupName, ...] = _GROUPS
     epochs: int = 2
-    learning_rate: float = 0.01
+    learning_rate: float = 0.03
     loss_weights: Mapping[LossKey, float] = field(default_factory=_unit_weights)
 
     def __post_init__(self) -> None:

@@ -38,18 +38,21 @@ class LearnedFactors:
     """Outcome of learning on one block.
 
     Attributes:
-        factors: float32 [d_in] by group and modality.
+        log_factors: log s_m, float32 [d_in] by group and modality. The logarithm is what is learned and kept: a chain
+            run again from it is bit-identical, which it would not be from s.
         initial_loss: loss of the calibration set at the starting factors.
         final_loss: loss at the factors that were kept.
         reverted: learning ended above the initial loss, so the starting factors were kept.
         seconds: wall time.
+        outputs: outputs [B, T, d] of the fake-quantized block at the kept factors, by batch: the next block's inputs.
     """
 
-    factors: Factors
+    log_factors: Factors
     initial_loss: float
     final_loss: float
     reverted: bool
     seconds: float
+    outputs: list[torch.Tensor]
 
 
 class _Rows:
@@ -113,27 +116,25 @@ def _fake(x: torch.Tensor, fmt: TensorFormat | None) -> torch.Tensor:
 
 @contextmanager
 def fake_quantized(
-    block: BlockAdapter, factors: Mapping[str, Mapping[Modality, torch.Tensor]], scheme: Scheme, *, are_logs: bool
+    block: BlockAdapter, log_factors: Mapping[str, Mapping[Modality, torch.Tensor]], scheme: Scheme
 ) -> Iterator[_Rows]:
     """Replace the linears of a block by differentiable fake-quantized ones while the context lasts.
 
     Args:
         block: a block with float linears.
-        factors: [d_in] by group and modality; a group without an entry is quantized without smoothing.
+        log_factors: log s_m [d_in] by group and modality; a group without an entry is quantized without smoothing.
         scheme: formats and quantized roles.
-        are_logs: whether ``factors`` holds log s (trainable) or s.
 
     Yields:
         The row index to set before each call of the block.
     """
     rows = _Rows()
-    logs = {g: {m: f if are_logs else f.float().log() for m, f in by.items()} for g, by in factors.items()}
     originals = {Role(role): block.linear(Role(role)) for role in scheme.roles}
     group_of = {Role(role): group for group, roles in GROUPS.items() for role in roles}
     try:
         for role, linear in originals.items():
             assert isinstance(linear, nn.Linear)
-            log = logs.get(group_of[role])
+            log = log_factors.get(group_of[role])
             block.set_linear(role, _FakeQuantLinear(linear, log, rows, scheme.weight, scheme.activation))
         yield rows
     finally:
@@ -169,25 +170,28 @@ def learn_factors(
     weights = {Modality[key.upper()]: value for key, value in config.loss_weights.items()}
     logs = {g: {m: f.float().log().requires_grad_() for m, f in by.items()} for g, by in initial.items()}
     parameters = [log for by in logs.values() for log in by.values()]
-    with fake_quantized(block, logs, scheme, are_logs=True) as rows:
+    with fake_quantized(block, logs, scheme) as rows:
 
-        def loss_of(index: int) -> torch.Tensor:
-            batch = data.batches[index]
-            rows.set(batch.modality)
-            output = block.forward(data.hidden[index], batch.kwargs)
-            return block_loss(output, data.targets[index], batch.modality, weights)
+        def output_of(index: int) -> torch.Tensor:
+            rows.set(data.batches[index].modality)
+            return block.forward(data.hidden[index], data.batches[index].kwargs)
 
-        initial_loss = _mean_loss(loss_of, len(data.batches), name)
-        _train(loss_of, parameters, len(data.batches), name, config, seed)
-        final_loss = _mean_loss(loss_of, len(data.batches), name)
+        def loss_of(output: torch.Tensor, index: int) -> torch.Tensor:
+            return block_loss(output, data.targets[index], data.batches[index].modality, weights)
+
+        initial_loss, initial_outputs = _measure(output_of, loss_of, len(data.batches), name)
+        _train(lambda index: loss_of(output_of(index), index), parameters, len(data.batches), name, config, seed)
+        final_loss, final_outputs = _measure(output_of, loss_of, len(data.batches), name)
     reverted = final_loss > initial_loss
-    learned = {g: {m: log.detach().exp() for m, log in by.items()} for g, by in logs.items()}
+    starting = {g: {m: f.float().log() for m, f in by.items()} for g, by in initial.items()}
+    learned = {g: {m: log.detach() for m, log in by.items()} for g, by in logs.items()}
     return LearnedFactors(
-        factors=initial if reverted else learned,
+        log_factors=starting if reverted else learned,
         initial_loss=initial_loss,
         final_loss=initial_loss if reverted else final_loss,
         reverted=reverted,
         seconds=time.perf_counter() - started,
+        outputs=initial_outputs if reverted else final_outputs,
     )
 
 
@@ -232,10 +236,17 @@ def _train(
 
 
 @torch.no_grad()
-def _mean_loss(loss_of: Callable[[int], torch.Tensor], num_batches: int, name: str) -> float:
-    total = sum(float(loss_of(index)) for index in range(num_batches))
+def _measure(
+    output_of: Callable[[int], torch.Tensor],
+    loss_of: Callable[[torch.Tensor, int], torch.Tensor],
+    num_batches: int,
+    name: str,
+) -> tuple[float, list[torch.Tensor]]:
+    """Mean loss over the batches, and the outputs behind it."""
+    outputs = [output_of(index) for index in range(num_batches)]
+    total = sum(float(loss_of(output, index)) for index, output in enumerate(outputs))
     _require_finite(total, name)
-    return total / max(num_batches, 1)
+    return total / max(num_batches, 1), outputs
 
 
 def _require_finite(loss: float, name: str) -> None:
@@ -257,14 +268,14 @@ def _order(num_batches: int, seed: int, name: str, epoch: int) -> list[int]:
 def run_fake_quantized(
     block: BlockAdapter,
     name: str,
-    factors: Factors,
+    log_factors: Factors,
     hidden: Sequence[torch.Tensor],
     batches: Sequence[ReplayBatch],
     scheme: Scheme,
 ) -> list[torch.Tensor]:
     """Outputs [B, T, d] of the block with a separate weight Q(W s_m) per modality: the chain that learning follows."""
     outputs = []
-    with torch.no_grad(), fake_quantized(block, factors, scheme, are_logs=False) as rows:
+    with torch.no_grad(), fake_quantized(block, log_factors, scheme) as rows:
         for hidden_btd, batch in zip(hidden, batches, strict=True):
             rows.set(batch.modality)
             outputs.append(advance(block, hidden_btd, batch, name))

@@ -155,7 +155,7 @@ def test_mas_and_masquant_share_factors(tmp_path: Path) -> None:
     layer = nano.adapter.blocks()[1].linear(Role.QUERY)
     stored = BlockStore(tmp_path / "factors").load(1)
     assert stored is not None
-    torch.testing.assert_close(layer.inverse_smoothing[1].reciprocal(), stored[0]["qkv.vision"])
+    torch.testing.assert_close(layer.inverse_smoothing[1].reciprocal().log(), stored[0]["qkv.vision"])
 
 
 class KilledError(RuntimeError):
@@ -231,6 +231,19 @@ def test_decoding_uses_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert set(lengths[1:]) == {1}
     assert calls
     assert 1 not in calls
+
+
+def test_float_activations_behind_the_corrections(tmp_path: Path) -> None:
+    """The option changes the fit of every block but the first, whose inputs are the same in both chains."""
+    states = {}
+    for activations in ("quantized", "float"):
+        nano = make_nano()
+        config = WhitenedLowRank(rank_ratio=0.1, activations=activations)
+        quantize(nano, tmp_path / activations, "qera", compensation=config)
+        states[activations] = state(nano)
+    pairs = {key: (states["quantized"][key], states["float"][key]) for key in states["float"] if "left_audio" in key}
+    assert torch.equal(*pairs["0.query.left_audio"])
+    assert not torch.equal(*pairs["2.query.left_audio"])
 
 
 def test_missing_modality_is_a_warning(tmp_path: Path) -> None:

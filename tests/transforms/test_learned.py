@@ -27,9 +27,13 @@ def learn(nano: Nano, replay: list[ReplayBatch] | None = None, *, seed: int = 0,
     return learn_factors(block, "block 0", initial, data, scheme, config, seed=seed), initial
 
 
-def outputs(nano: Nano, factors, replay=None) -> list[torch.Tensor]:
+def logarithms(factors):
+    return {g: {m: f.log() for m, f in by.items()} for g, by in factors.items()}
+
+
+def outputs(nano: Nano, logs, replay=None) -> list[torch.Tensor]:
     block = nano.adapter.blocks()[0]
-    return run_fake_quantized(block, "block 0", factors, nano.hidden, replay or nano.replay, SCHEME)
+    return run_fake_quantized(block, "block 0", logs, nano.hidden, replay or nano.replay, SCHEME)
 
 
 def test_learning_lowers_the_loss(nano_model: Nano) -> None:  # noqa: F811
@@ -38,27 +42,30 @@ def test_learning_lowers_the_loss(nano_model: Nano) -> None:  # noqa: F811
     assert not outcome.reverted
     weights = dict.fromkeys((Modality.TEXT, Modality.VISION, Modality.AUDIO), 1.0)
 
-    def loss(factors) -> float:
-        parts = zip(outputs(nano_model, factors), nano_model.targets(), nano_model.replay, strict=True)
+    def loss(logs) -> float:
+        parts = zip(outputs(nano_model, logs), nano_model.targets(), nano_model.replay, strict=True)
         return sum(float(block_loss(y, target, batch.modality, weights)) for y, target, batch in parts) / 4
 
-    assert loss(initial) == pytest.approx(outcome.initial_loss, rel=1e-5)
-    assert loss(outcome.factors) == pytest.approx(outcome.final_loss, rel=1e-5)
+    assert loss(logarithms(initial)) == pytest.approx(outcome.initial_loss, rel=1e-5)
+    assert loss(outcome.log_factors) == pytest.approx(outcome.final_loss, rel=1e-5)
 
 
 def test_a_worse_end_is_reverted(nano_model: Nano) -> None:  # noqa: F811
     outcome, initial = learn(nano_model, config=LearnedModalitySmoothing(epochs=3, learning_rate=5.0))
     assert outcome.reverted
     assert outcome.final_loss == outcome.initial_loss
-    assert all(torch.equal(outcome.factors[g][m], f) for g, by in initial.items() for m, f in by.items())
+    starting = logarithms(initial)
+    assert all(torch.equal(outcome.log_factors[g][m], log) for g, by in starting.items() for m, log in by.items())
+    for kept, again in zip(outcome.outputs, outputs(nano_model, starting), strict=True):
+        assert torch.equal(kept, again)
 
 
 def test_same_seed_same_bits_other_seed_other_order(nano_model: Nano) -> None:  # noqa: F811
     first, second, other = learn(nano_model)[0], learn(nano_model)[0], learn(nano_model, seed=1)[0]
     pairs = [
-        (first.factors[g][m], second.factors[g][m], other.factors[g][m])
-        for g in first.factors
-        for m in first.factors[g]
+        (first.log_factors[g][m], second.log_factors[g][m], other.log_factors[g][m])
+        for g in first.log_factors
+        for m in first.log_factors[g]
     ]
     assert all(torch.equal(a, b) for a, b, _ in pairs)
     assert any(not torch.equal(a, c) for a, _, c in pairs)
@@ -69,7 +76,7 @@ def test_gauge_invariance(nano_model: Nano) -> None:  # noqa: F811
     _, initial = learn(nano_model, config=LearnedModalitySmoothing(epochs=0))
     constants = {Modality.TEXT: 4.0, Modality.VISION: 0.5, Modality.AUDIO: 16.0}
     scaled = {g: {m: f * constants[m] for m, f in by.items()} for g, by in initial.items()}
-    for y, z in zip(outputs(nano_model, initial), outputs(nano_model, scaled), strict=True):
+    for y, z in zip(outputs(nano_model, logarithms(initial)), outputs(nano_model, logarithms(scaled)), strict=True):
         # exp(log s) is not exactly s, hence not torch.equal: a code may flip at a tie.
         assert float((y - z).norm() / y.norm()) < 1e-3
 
@@ -77,11 +84,11 @@ def test_gauge_invariance(nano_model: Nano) -> None:  # noqa: F811
 def test_one_modality_is_learned_smoothquant() -> None:
     """If every token is of one modality its factor is what shared learned smoothing gives, whichever it is called."""
     nano = make_nano(kinds=((), ()))
-    as_text = learn(nano)[0].factors
+    as_text = learn(nano)[0].log_factors
     relabelled = [
         ReplayBatch(b.kwargs, torch.where(b.modality == 0, 1, b.modality).to(torch.int8)) for b in nano.replay
     ]
-    as_vision = learn(nano, relabelled)[0].factors
+    as_vision = learn(nano, relabelled)[0].log_factors
     for group in as_text:
         assert set(as_text[group]) == {Modality.TEXT}
         assert set(as_vision[group]) == {Modality.VISION}
@@ -95,8 +102,8 @@ def test_a_modality_learns_from_its_own_rows(nano_model: Nano) -> None:  # noqa:
     )
     outcome, initial = learn(nano_model, config=only_audio)
     # gate and up act on each token alone: without loss on vision rows nothing moves their factor there.
-    assert torch.allclose(outcome.factors["gate_up"][Modality.VISION], initial["gate_up"][Modality.VISION])
-    assert not torch.allclose(outcome.factors["gate_up"][Modality.AUDIO], initial["gate_up"][Modality.AUDIO])
+    assert torch.allclose(outcome.log_factors["gate_up"][Modality.VISION], initial["gate_up"][Modality.VISION].log())
+    assert not torch.allclose(outcome.log_factors["gate_up"][Modality.AUDIO], initial["gate_up"][Modality.AUDIO].log())
 
 
 def test_nan_names_the_block(nano_model: Nano) -> None:  # noqa: F811

