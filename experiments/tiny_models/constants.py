@@ -1,4 +1,5 @@
 """Every number and list of the smol_omni recipe, in one place."""
+# ruff: noqa: SIM905
 
 from __future__ import annotations
 
@@ -43,17 +44,20 @@ SPOKEN_WORDS = (
     "system human storm angel coin month night open train light total mask"
 ).split()
 
-PRINTED_WORDS = SPOKEN_WORDS + (
-    "ice form round stand land day name line path face data side order time hold place key play ground "
-    "joy text head right bank size word room point list value print mark life change state year wide "
-    "start book vote index model user hand code level action vision road plot result image map stream "
-    "cell sum normal long band free bed west string create node host organ main status ship pack world "
-    "page real press child draw title edge plant oven close batch root search file door link graph chain "
-    "common left power anger mail field layer block zone sign unit event style grid foot stop score"
-).split()
+PRINTED_WORDS = (
+    SPOKEN_WORDS
+    + (
+        "ice form round stand land day name line path face data side order time hold place key play ground "
+        "joy text head right bank size word room point list value print mark life change state year wide "
+        "start book vote index model user hand code level action vision road plot result image map stream "
+        "cell sum normal long band free bed west string create node host organ main status ship pack world "
+        "page real press child draw title edge plant oven close batch root search file door link graph chain "
+        "common left power anger mail field layer block zone sign unit event style grid foot stop score"
+    ).split()
+)
 
 # One share per task of the vision pool and of the audio pool.
-VISION_POOL = {"words": 10000, "numbers": 3000, "digits": 4000}
+VISION_POOL = {"words": 10000, "numbers": 2500, "digits": 2500}
 AUDIO_POOL = {"words": 7000, "digits": 7000}
 CLIPS = 60
 
@@ -130,7 +134,8 @@ MELS = 80
 WARM_BATCH = {"vision": 32, "audio": 64}
 WARM_RATE = {"vision": 1.0e-3, "audio": 1.5e-3}
 WARM_STEPS = {"vision": 4000, "audio": 2000}
-TEMPERATURE = 16.0
+TEMPERATURE = 12.0
+REGRESSION = 4.0
 
 # Alignment.
 RANK = 16

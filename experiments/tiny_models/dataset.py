@@ -63,7 +63,9 @@ def _media(split: str, count: int) -> list[tuple[str, dict]]:
     for index in range(count):
         word = int(rng.integers(len(C.SPOKEN_WORDS)))
         spoken = index % 2 == 0
-        sample = speech.word_sample(words, word, rng) if spoken else speech.digit_sample(digits, 1 + index // 2 % 3, rng)
+        sample = (
+            speech.word_sample(words, word, rng) if spoken else speech.digit_sample(digits, 1 + index // 2 % 3, rng)
+        )
         found.append(("speech", sample))
     for index in range(count):
         heard, other = rng.choice(len(C.SPOKEN_WORDS), 2, replace=False)
@@ -79,15 +81,15 @@ def rows(split: str, count: int, tokenizer) -> tuple[list[dict], set[str]]:
     for task, sample in _media(split, count):
         number = numbers[task]
         numbers[task] += 1
-        questions = C.QUESTIONS[task]
+        # Whether the joint words agree alternates, so the question must not follow the same parity.
+        question = C.QUESTIONS[task][number // 2 % len(C.QUESTIONS[task])]
         image, audio = sample.get("image"), sample.get("audio")
         hashes |= {content_hash(c) for c in (image, audio) if c is not None}
         made.append(
             {
                 "id": f"{task}-{split}-{number:03d}",
                 "task": task,
-                # The joint answers alternate, so the question must not follow the same parity.
-                "question": questions[number // 2 % len(questions)],
+                "question": question,
                 "answer": sample["answer"],
                 "image": None if image is None else png(image),
                 "audio": None if audio is None else flac(audio),

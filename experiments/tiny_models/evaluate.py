@@ -73,7 +73,10 @@ def evaluate(model, processor, limit: int) -> dict[str, tuple[int, float]]:
         truth = [r["answer"] for r in part]
         scores[task] = (len(part), float(np.mean([a == b for a, b in zip(found, truth, strict=True)])))
         if task == "speech":
-            spaced = [" ".join(t) if t.isdigit() else t for t in truth], [" ".join(f) if f.isdigit() else f for f in found]
+            spaced = (
+                [" ".join(t) if t.isdigit() else t for t in truth],
+                [" ".join(f) if f.isdigit() else f for f in found],
+            )
             scores["speech word error rate"] = (len(part), float(jiwer.wer(*spaced)))
         wrong = [f"{b}>{a}" for a, b in zip(found, truth, strict=True) if a != b]
         log.info("%s %s %.0f s; truth>answer: %s", task, scores[task], time.time() - started, " ".join(wrong[:15]))

@@ -23,6 +23,10 @@ def weights(work: Path) -> dict[str, torch.Tensor]:
     """Towers and adapter of the alignment checkpoint, under the names the loader reads."""
     state = load_file(work / "align.safetensors")
     found = {k.removeprefix("towers."): v for k, v in state.items() if k.startswith("towers.")}
+    if not bool(state["towers"]):
+        for name, target in (("vision", "visual"), ("audio", "audio_tower")):
+            warm = load_file(work / f"warm_{name}.safetensors")
+            found |= {k.replace("tower", target, 1): v for k, v in warm.items() if k.startswith("tower.")}
     for name, value in state.items():
         if name.startswith("adapters."):
             place, side = name.removeprefix("adapters.").split(".")

@@ -12,7 +12,7 @@ PACKAGE = "experiments.tiny_models"
 STAGES: list[tuple[str, list[str]]] = [
     ("warmup", ["vision", "--work", "{work}"]),
     ("warmup", ["audio", "--work", "{work}"]),
-    ("align", ["--oracle", "--work", "{work}", "--batch", "{oracle_batch}", "--steps", "{oracle}"]),
+    ("align", ["--oracle", "both", "--work", "{work}", "--batch", "{oracle_batch}", "--steps", "{oracle}"]),
     ("align", ["--work", "{work}", "--threads", "{threads}"]),
     ("export", ["--work", "{work}"]),
     ("evaluate", ["--original", "--threads", "{threads}"]),
@@ -35,7 +35,8 @@ def main() -> None:
         "oracle_batch": str(C.ORACLE_BATCH),
     }
     # Passive waiting and few returned pages: worth a factor of two on small shared machines, no effect on results.
-    quiet = {"OMP_WAIT_POLICY": "passive", "MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "2000000000"}
+    kept = "2000000000"
+    quiet = {"OMP_WAIT_POLICY": "passive", "MALLOC_MMAP_THRESHOLD_": kept, "MALLOC_TRIM_THRESHOLD_": kept}
     for module, arguments in STAGES:
         command = [sys.executable, "-m", f"{PACKAGE}.{module}", *(a.format(**values) for a in arguments)]
         print(" ".join(command), flush=True)

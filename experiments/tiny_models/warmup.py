@@ -39,7 +39,7 @@ def dense_loss(hidden: torch.Tensor, labels: torch.Tensor, table: torch.Tensor) 
     loss = F.cross_entropy(C.TEMPERATURE * cosine.flatten(0, 1), labels.flatten())
     target = table[labels]
     distance = (hidden - target).pow(2).mean() / table.pow(2).mean()
-    return loss + 0.5 * distance, cosine.argmax(-1)
+    return loss + C.REGRESSION * distance, cosine.argmax(-1)
 
 
 class Warmup:
@@ -54,7 +54,9 @@ class Warmup:
         self.head = nn.Linear(C.WIDTH_TOWER, classes)
         self.modules = nn.ModuleDict({"tower": self.tower, "head": self.head})
         self.table = class_embeddings()
-        self.optimizer = torch.optim.AdamW(self.modules.parameters(), lr=C.WARM_RATE[name], weight_decay=0.02, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.modules.parameters(), lr=C.WARM_RATE[name], weight_decay=0.02, fused=True
+        )
         self.step = 0
         if self.file.exists():
             state = load_file(self.file)
@@ -121,10 +123,12 @@ class Warmup:
     def run(self) -> None:
         """Train to the last step with a warm start and cosine decay."""
         started, size, width = time.time(), len(self.train["input"]), C.WARM_BATCH[self.name]
+        first = self.step
         while self.step < self.steps:
             order = torch.from_numpy(pools.stream("warm", self.name, self.step // (size // width)).permutation(size))
             at = self.step % (size // width) * width
-            rate = C.WARM_RATE[self.name] * min(1.0, (self.step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+            decay = 0.5 * (1 + math.cos(math.pi * (self.step - first) / (self.steps - first)))
+            rate = C.WARM_RATE[self.name] * min(1.0, (self.step - first + 1) / 50) * decay
             for group in self.optimizer.param_groups:
                 group["lr"] = rate + 1e-5
             loss, found = self.loss(self.train, order[at : at + width])
@@ -135,10 +139,25 @@ class Warmup:
             self.step += 1
             if self.step % 100 == 0:
                 right = (found == self.train["final"][order[at : at + width]]).float().mean().item()
-                log.info("%s step %d of %d loss %.3f tokens %.3f aux %.3f %.0f s", self.name, self.step, self.steps, loss.item(), right, self.side, time.time() - started)
-            if self.step % 200 == 0:
+                log.info(
+                    "%s step %d of %d loss %.3f tokens %.3f aux %.3f %.0f s",
+                    self.name,
+                    self.step,
+                    self.steps,
+                    loss.item(),
+                    right,
+                    self.side,
+                    time.time() - started,
+                )
+            if self.step % 100 == 0:
                 self.save()
-                log.info("%s step %d exact: calibration %s, evaluation %s", self.name, self.step, self.score(self.check), self.score(self.held))
+                log.info(
+                    "%s step %d exact: calibration %s, evaluation %s",
+                    self.name,
+                    self.step,
+                    self.score(self.check),
+                    self.score(self.held),
+                )
         self.save()
 
 

@@ -235,7 +235,8 @@ def _checked(name: str) -> Path:
     if not listing.is_file() or not (FOLDER / name).is_file():
         lost = listing if not listing.is_file() else FOLDER / name
         raise DataError("every shipped file of smol_omni must be present", value=f"missing {lost}", remedy=remedy)
-    wanted = dict(reversed(line.split(maxsplit=1)) for line in listing.read_text().splitlines() if line.strip())
+    pairs = (line.split(maxsplit=1) for line in listing.read_text().splitlines() if line.strip())
+    wanted = {file: digest for digest, file in pairs}
     found = sha256_file(FOLDER / name)
     if wanted.get(name) != found:
         raise DataError(
