@@ -108,7 +108,7 @@ def _plan_parser(parser: argparse.ArgumentParser) -> None:
 def _table_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("records", nargs="+", metavar="RECORD", help="record.json files, folders or patterns")
     parser.add_argument("--format", choices=("markdown", "csv", "latex"), default="markdown")
-    parser.add_argument("--columns", metavar="KEYS", help="comma-separated columns or prefixes: read,sqnr,nll.vision,bits")
+    parser.add_argument("--columns", metavar="KEYS", help="columns or prefixes: read,sqnr,nll.vision,bits")
     parser.add_argument("--output", metavar="FILE", help="write here instead of to the terminal")
 
 

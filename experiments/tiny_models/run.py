@@ -13,7 +13,7 @@ STAGES: list[tuple[str, list[str]]] = [
     ("warmup", ["vision", "--work", "{work}"]),
     ("warmup", ["audio", "--work", "{work}"]),
     ("align", ["--oracle", "both", "--work", "{work}", "--batch", "{oracle_batch}", "--steps", "{oracle}"]),
-    ("align", ["--work", "{work}", "--threads", "{threads}"]),
+    ("align", ["--frozen", "--work", "{work}", "--threads", "{threads}"]),
     ("export", ["--work", "{work}"]),
     ("evaluate", ["--original", "--threads", "{threads}"]),
 ]

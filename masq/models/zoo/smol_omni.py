@@ -126,7 +126,8 @@ def assemble(
     model.generation_config = GenerationConfig(
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id, do_sample=False
     )
-    return model.to(device=device, dtype=dtype).eval()
+    torch.nn.Module.to(model, device=device, dtype=dtype)
+    return model.eval()
 
 
 def build_processor() -> Qwen2_5OmniProcessor:
