@@ -22,6 +22,7 @@ RECORDS ?= $(wildcard $(foreach scheme,w4a8 w4a6,$(foreach method,$(DEMO_METHODS
 
 # The committed table: all evaluation samples; calibration and fidelity sized for two cores.
 RESULTS_ROOT := runs/results
+SHORT := digits,read,speech.wer,joint,prose,sqnr,nll,bits
 RESULTS_SIZES := calibration.samples_per_task=32 evaluation.fidelity_samples_per_task=40
 TEST_ARGS ?=
 TABLE_ARGS ?=
@@ -94,12 +95,11 @@ collect: $(STAMP)  ## copy finished records of runs/results into results/ and wr
 	@mkdir -p results/records results/tables
 	@for record in $(RESULTS_ROOT)/*/record.json; do \
 		name="$$(basename "$$(dirname "$$record")")"; cp "$$record" "results/records/$${name%-*}.json"; done
-	@$(MAKE) --no-print-directory table > results/tables/smol_omni.md
-	@$(MAKE) --no-print-directory table TABLE_ARGS="--columns digits,read,speech.wer,joint,prose,sqnr,nll,bits" \
-		> results/tables/smol_omni_short.md
+	@$(MAKE) --no-print-directory table TABLE_ARGS="--output results/tables/smol_omni.md"
+	@$(MAKE) --no-print-directory table TABLE_ARGS="--columns $(SHORT) --output results/tables/smol_omni_short.md"
 
 models: $(STAMP)  ## train the embedded model and make its data again (hours; see experiments/tiny_models)
-	@$(PYTHON) -m experiments.tiny_models
+	@$(PYTHON) -m experiments.tiny_models.run
 
 clean:  ## remove caches and builds; .venv and runs stay
 	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -200,21 +200,23 @@ def active_modalities(config: RunConfig) -> tuple[str, ...]:
     return wanted
 
 
-def identity(config: RunConfig, data_hashes: Mapping[str, Any]) -> str:
-    """SHA-256 of what the results depend on: the configuration and the data.
+def identity(config: RunConfig, hashes: Mapping[str, Any]) -> str:
+    """SHA-256 of what the results depend on: the configuration, the data and the weights.
 
-    Left out: where results go, the thread count, names of presets, descriptions, and the sizes that only
-    ``masq plan`` reads.
+    Left out: where data and weights lie and results go, the thread count, names of presets, descriptions, and the
+    sizes that only ``masq plan`` reads.
 
     Args:
         config: the configuration.
-        data_hashes: content hash of every data set used.
+        hashes: content hash of every data set used, and of the float model.
     """
     plain = to_dict(config)
     for key in ("output", "threads", "preset"):
         del plain[key]
     del plain["evaluation"]["name"], plain["method"]["description"], plain["model"]["architecture"]
-    return canonical_hash({"config": plain, "data": dict(data_hashes)})
+    for group in ("model", "calibration", "evaluation"):
+        del plain[group]["source"]
+    return canonical_hash({"config": plain, "data": dict(hashes)})
 
 
 def folder_name(config: RunConfig, key: str) -> str:

@@ -47,6 +47,7 @@ def run(config: RunConfig) -> RunRecord:
     if config.output.wandb:
         require_wandb()
     data, hashes = _data(config)
+    hashes["model"] = _model_hash(config)
     key = identity(config, hashes)
     folder = run_folder(config, key)
     finished = _finished(folder)
@@ -167,6 +168,14 @@ def _data(config: RunConfig) -> tuple[dict[str, list[Sample]], dict[str, str]]:
     return data, {split: dataset_hash(samples) for split, samples in data.items()}
 
 
+def _model_hash(config: RunConfig) -> str:
+    """What tells these weights from others that go by the same name."""
+    from masq.models.fingerprint import fingerprint
+    from masq.models.loading import source_folder
+
+    return fingerprint(config.model, source_folder(config.model))
+
+
 def _source(config: RunConfig, split: str) -> Path:
     """The Parquet file of a split."""
     source = config.calibration.source if split == "calibration" else config.evaluation.source
@@ -198,10 +207,11 @@ def _public_config(config: RunConfig) -> dict[str, Any]:
 def _factors_key(config: RunConfig, hashes: dict[str, str]) -> str:
     """Hash of what learned factors depend on: not of rounding or compensation, so that methods share them."""
     plain = to_dict(config)
-    model = {key: value for key, value in plain["model"].items() if key != "architecture"}
+    model = {key: value for key, value in plain["model"].items() if key not in ("architecture", "source")}
     return canonical_hash(
         {
             "model": model,
+            "weights": hashes["model"],
             "modalities": active_modalities(config),
             "scheme": plain["scheme"],
             "smoothing": plain["method"]["smoothing"],

@@ -267,6 +267,9 @@ SETTINGS_WITHOUT_EFFECT: list[tuple[str, object]] = [
     ("evaluation.name", "x"),
     ("method.description", "x"),
     ("model.architecture", None),
+    ("model.source", "/elsewhere"),
+    ("calibration.source", "/elsewhere.parquet"),
+    ("evaluation.source", "/elsewhere.parquet"),
 ]
 SETTINGS_WITH_EFFECT: list[tuple[str, object]] = [
     ("seed", 1),

@@ -86,11 +86,27 @@ def headers(folder: Path) -> dict[str, Any]:
     )
 
 
-def _sharded_headers(folder: Path) -> dict[str, Any]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checked folder, by name.
+
+    Raises:
+        ModelError: the index is damaged.
+    """
+    if not (folder / INDEX).is_file():
+        return [folder / WEIGHTS]
+    return [folder / name for name in sorted(set(_weight_map(folder).values()))]
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
     weight_map = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError("the index must hold a weight_map", value=folder / INDEX, remedy="download it again")
-    shards = {name: _header(folder / name) for name in sorted(set(weight_map.values()))}
+    return weight_map
+
+
+def _sharded_headers(folder: Path) -> dict[str, Any]:
+    weight_map = _weight_map(folder)
+    shards = {path.name: _header(path) for path in weight_files(folder)}
     absent = sorted(name for name, shard in weight_map.items() if name not in shards[shard])
     if absent:
         raise ModelError(

@@ -57,15 +57,32 @@ def load(config: ModelConfig) -> ModelAdapter:
     family = FAMILIES.get(config.family)
     modalities = _modalities(config, family)
     device = _device(config.device)
-    if config.source.startswith(ZOO_PREFIX):
+    folder = source_folder(config)
+    if folder is None:
         model, processor = _from_zoo(config, family)
     else:
-        model, processor = _from_checkpoint(config, family)
+        model, processor = _from_checkpoint(folder, config, family)
     # Gradients are only ever asked for of masq's own parameters.
     model.requires_grad_(False)
     adapter = family(model.to(device), processor, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     adapter.modalities = modalities
     return adapter
+
+
+def source_folder(config: ModelConfig) -> Path | None:
+    """The checkpoint folder behind a configuration, its files checked; None for an embedded model.
+
+    A hub id is downloaded, or found in the local cache.
+
+    Raises:
+        ConfigError: unknown family.
+        ModelError: no such folder or hub id, or a wrong, missing or truncated file.
+    """
+    if config.source.startswith(ZOO_PREFIX):
+        return None
+    folder = _folder(config)
+    checkpoint.check(folder, FAMILIES.get(config.family).model_types)
+    return folder
 
 
 def _modalities(config: ModelConfig, family: Any) -> tuple[Modality, ...]:
@@ -116,10 +133,8 @@ def load_smol_omni(config: ModelConfig) -> tuple[Any, Any]:
     return model, smol_omni.build_processor()
 
 
-def _from_checkpoint(config: ModelConfig, family: Any) -> tuple[Any, Any]:
-    """Model and processor of a folder or hub id; files first, the processor next, the weights last."""
-    folder = _folder(config)
-    checkpoint.check(folder, family.model_types)
+def _from_checkpoint(folder: Path, config: ModelConfig, family: Any) -> tuple[Any, Any]:
+    """Model and processor of a checked folder; the processor first, the weights last."""
     model_class, processor_class = family.classes()
     shared: dict[str, Any] = {"local_files_only": True, "trust_remote_code": config.trust_remote_code}
     try:

@@ -41,7 +41,7 @@ def provenance(
 
     Args:
         seed: seed of the run.
-        data_hashes: split -> SHA-256 of its samples.
+        data_hashes: split -> SHA-256 of its samples, and ``model`` -> fingerprint of the float weights.
         device: torch device of the run.
         threads: threads of one operation; None asks torch.
 

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from masq.models.config import ModelConfig
+from masq.models.fingerprint import fingerprint
+from masq.models.loading import source_folder
+from masq.models.zoo import nano
+
+
+def config(source: object) -> ModelConfig:
+    return ModelConfig("m", "qwen2_5_omni", str(source), ("text", "vision", "audio"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint in the published layout, several shards."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    nano.save_published("nano_omni", folder, 60_000)
+    return folder
+
+
+def of(folder: Path) -> str:
+    return fingerprint(config(folder), source_folder(config(folder)))
+
+
+def test_embedded_models_are_known_by_their_checksums_or_names() -> None:
+    found = {name: fingerprint(config(f"zoo:{name}"), None) for name in ("smol_omni", "nano_omni", "nano_vl")}
+    assert len(set(found.values())) == 3
+
+
+def test_a_moved_checkpoint_is_the_same_and_any_changed_file_another(checkpoint: Path, tmp_path: Path) -> None:
+    original = of(checkpoint)
+    moved = tmp_path / "moved"
+    shutil.copytree(checkpoint, moved)
+    assert of(moved) == original
+    shard = sorted(moved.glob("*.safetensors"))[0]
+    weights = load_file(shard)
+    save_file({name: value + torch.ones_like(value) for name, value in weights.items()}, shard, {"format": "pt"})
+    assert of(moved) != original
+    shutil.copy(checkpoint / shard.name, shard)
+    assert of(moved) == original
+    (moved / "preprocessor_config.json").write_text("{}")
+    assert of(moved) != original
