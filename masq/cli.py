@@ -315,14 +315,15 @@ def _show_outcomes(outcomes: Sequence[Outcome]) -> int:
     from masq.report.record import read_record
     from masq.report.table import table
 
-    finished = [read_record(Path(outcome.record)) for outcome in outcomes if outcome.record is not None]
-    if finished:
-        print(table(finished))
-    print(f"\n{len(finished)} of {len(outcomes)} runs finished")
+    paths = [outcome.record for outcome in outcomes if outcome.record is not None]
+    if paths:
+        # Cells with the same identity (the float model under several schemes) share one record.
+        print(table([read_record(Path(path)) for path in dict.fromkeys(paths)]))
+    print(f"\n{len(paths)} of {len(outcomes)} runs finished")
     for outcome in outcomes:
         if outcome.error is not None:
             print(f"failed: {outcome.cell}: {outcome.error}", file=sys.stderr)
-    return 0 if len(finished) == len(outcomes) else 1
+    return 0 if len(paths) == len(outcomes) else 1
 
 
 def _cell(composed: Any) -> None:

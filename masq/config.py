@@ -18,9 +18,9 @@ from masq.decoding import decode_dataclass, to_plain
 from masq.errors import ConfigError
 from masq.evaluation.config import EvaluationConfig
 from masq.files import canonical_hash
-from masq.models.architecture import input_sizes
-from masq.models.config import ModelConfig
-from masq.numerics.scheme import Scheme
+from masq.models.architecture import input_sizes, linear_shapes
+from masq.models.config import Architecture, ModelConfig
+from masq.numerics.scheme import GROUP_ROLES, GroupName, Scheme
 from masq.rounding.config import NearestRounding, NoRounding, Rounding
 from masq.transforms.config import NoRotation, NoSmoothing, Rotation, Smoothing
 
@@ -216,12 +216,17 @@ def identity(config: RunConfig, hashes: Mapping[str, Any]) -> str:
     del plain["evaluation"]["name"], plain["method"]["description"], plain["model"]["architecture"]
     for group in ("model", "calibration", "evaluation"):
         del plain[group]["source"]
+    if config.method.is_float:
+        # Nothing is calibrated, learned or rounded: one float run serves every scheme of a sweep.
+        for key in ("scheme", "calibration", "seed"):
+            del plain[key]
     return canonical_hash({"config": plain, "data": dict(hashes)})
 
 
 def folder_name(config: RunConfig, key: str) -> str:
     """Name of the run's folder: what a human looks for, then enough of the identity ``key`` to be unique."""
-    parts = (config.model.name, config.modality.name, config.scheme.name, config.method.name, key[:10])
+    scheme = "float" if config.method.is_float else config.scheme.name
+    parts = (config.model.name, config.modality.name, scheme, config.method.name, key[:10])
     return "-".join(part.replace("/", "_") for part in parts)
 
 
@@ -276,9 +281,50 @@ def _check_formats(config: RunConfig) -> None:
             value=f"scheme={config.scheme.name}, method={config.method.name}",
             remedy="use method=none for the float model, or a scheme with integer weights",
         )
-    if weight.group_size is None or config.model.architecture is None:
+    smoothing = config.method.smoothing
+    if smoothing.kind == "modality_learned" and not _roles_in(smoothing.groups, config.scheme.roles):
+        raise ConfigError(
+            "learned smoothing needs a quantized linear in one of its groups",
+            value=f"groups {', '.join(smoothing.groups)}, quantized roles {', '.join(config.scheme.roles)}",
+            remedy="choose other groups or roles, or method.smoothing=modality",
+        )
+    if config.model.architecture is not None:
+        check_sizes(config, config.model.architecture)
+
+
+def check_sizes(config: RunConfig, architecture: Architecture) -> None:
+    """Check groups and ranks against the sizes of the model.
+
+    Raises:
+        ConfigError: a group size that does not divide, or a rank above what a linear has.
+    """
+    if config.method.is_float:
         return
-    sizes = input_sizes(config.model.architecture, config.scheme.roles)
+    _check_group_size(config, architecture)
+    compensation = config.method.compensation
+    if compensation.kind == "none" or not compensation.rank:
+        return
+    shapes = linear_shapes(architecture)
+    full = {role: min(shapes[role]) for role in _roles_in(compensation.groups, config.scheme.roles)}
+    role = min(full, key=lambda one: full[one], default=None)
+    if role is not None and compensation.rank > full[role]:
+        raise ConfigError(
+            f"the rank of a correction is at most the smaller side of its linear, {full[role]} for {role} of "
+            f"{config.model.name}",
+            value=f"method.compensation.rank={compensation.rank}",
+            remedy="lower it, leave the group out, or set rank_ratio and rank=null",
+        )
+
+
+def _roles_in(groups: Sequence[GroupName], roles: Sequence[str]) -> list[str]:
+    return [role for group in groups for role in GROUP_ROLES[group] if role in roles]
+
+
+def _check_group_size(config: RunConfig, architecture: Architecture) -> None:
+    weight = config.scheme.weight
+    if weight is None or weight.group_size is None:
+        return
+    sizes = input_sizes(architecture, config.scheme.roles)
     common = math.gcd(*sizes)
     if common % weight.group_size:
         remedy = f"Name a scheme of your own: scheme.name=NAME scheme.weight.group_size=N, with N a divisor of {common}"

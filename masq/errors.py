@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 
 class MasqError(ValueError):
@@ -56,6 +57,17 @@ class NumericalError(MasqError):
 
 class EvaluationError(MasqError):
     """A score that would mislead, for example because too many answers are empty."""
+
+
+@contextmanager
+def numerical_errors_of(place: str) -> Iterator[None]:
+    """Have every ``NumericalError`` raised inside name ``place`` (a block, a linear) in its rule."""
+    try:
+        yield
+    except NumericalError as error:
+        if place in error.rule:
+            raise
+        raise NumericalError(f"{place}: {error.rule}", value=error.value, remedy=error.remedy) from error
 
 
 def near_matches(name: str, options: Iterable[str], n: int = 3) -> list[str]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-import resource
 import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from masq.config import RunConfig, active_modalities, identity, notes, run_folder, to_dict
+from masq.config import RunConfig, active_modalities, check_sizes, identity, notes, run_folder, to_dict
 from masq.errors import ConfigError, DataError
 from masq.files import atomic_write_bytes, canonical_hash, require_writable_folder
+from masq.report.memory import peak_memory, reset_peak_memory
 from masq.report.provenance import provenance
 from masq.report.record import RunRecord, read_record, write_record
+from masq.report.sessions import add_session, differences, sessions
 from masq.report.sinks import require_wandb, send_to_wandb
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def run(config: RunConfig) -> RunRecord:
     if config.output.wandb:
         require_wandb()
     data, hashes = _data(config)
-    hashes["model"] = _model_hash(config)
+    hashes["model"] = _checked_model(config)
     key = identity(config, hashes)
     folder = run_folder(config, key)
     finished = _finished(folder)
@@ -56,8 +57,13 @@ def run(config: RunConfig) -> RunRecord:
         return finished
     require_writable_folder(folder)
     _set_threads(config.threads)
-    record = RunRecord.start(key, _public_config(config), provenance(config.seed, hashes, device=config.model.device))
+    made_by = provenance(config.seed, hashes, device=config.model.device)
+    made_by["earlier_sessions"] = sessions(folder)
+    add_session(folder, made_by)
+    record = RunRecord.start(key, _public_config(config), made_by)
     record.warnings.extend(notes(config))
+    record.warnings.extend(differences(made_by["earlier_sessions"], made_by, "parts of this run"))
+    reset_peak_memory(config.model.device)
     with _log_file(folder / "log"):
         try:
             _write_config(config, folder)
@@ -103,7 +109,7 @@ def _fill(
     with _timed(record, "fidelity"):
         record.fidelity = _fidelity(config, load(model), adapter, data["evaluation"], folder)
     handle.remove()
-    record.peak_memory_bytes = _peak_memory(config.model.device)
+    record.peak_memory_bytes = peak_memory(config.model.device)
 
 
 def _quantize(
@@ -125,6 +131,9 @@ def _quantize(
     method = config.method
     assert isinstance(method.rounding, NearestRounding)
     stages = Stages(method.smoothing, method.rounding, method.compensation, config.scheme, config.seed)
+    factors = Path(config.output.root) / "artifacts" / f"factors-{_factors_key(config, hashes)[:16]}"
+    if method.smoothing.kind == "modality_learned":
+        _note_learning(record, factors, BlockStore(factors).has_all(len(adapter.blocks())))
     encoded = [adapter.encode(batch, with_answer=True) for batch in batches(samples, config.calibration.batch_size)]
     report = quantize(
         adapter,
@@ -132,11 +141,18 @@ def _quantize(
         stages,
         context,
         blocks=BlockStore(folder / "blocks"),
-        factors=BlockStore(Path(config.output.root) / "artifacts" / f"factors-{_factors_key(config, hashes)[:16]}"),
+        factors=BlockStore(factors),
     )
     record.blocks = report.blocks
     record.warnings.extend(report.warnings)
     record.timings.update(report.seconds)
+
+
+def _note_learning(record: RunRecord, folder: Path, is_complete: bool) -> None:
+    """Warn if factors that other runs learned come from another program; note this one if it goes on learning."""
+    record.warnings.extend(differences(sessions(folder), record.provenance, "learned factors"))
+    if not is_complete:
+        add_session(folder, record.provenance)
 
 
 def _fidelity(
@@ -153,27 +169,34 @@ def _fidelity(
 def _data(config: RunConfig) -> tuple[dict[str, list[Sample]], dict[str, str]]:
     """Calibration and evaluation samples of the active modalities and their hashes; they share no content."""
     from masq.calibration.data import check_disjoint, dataset_hash, load_samples
+    from masq.evaluation.tasks import check_tasks
 
     active = active_modalities(config)
     calibration, evaluation = config.calibration, config.evaluation
     data = {
-        "calibration": load_samples(
-            _source(config, "calibration"), calibration.tasks, calibration.samples_per_task, calibration.seed, active
-        ),
         "evaluation": load_samples(
             _source(config, "evaluation"), evaluation.tasks, evaluation.samples_per_task, 0, active
-        ),
+        )
     }
-    check_disjoint(data["calibration"], data["evaluation"])
+    check_tasks(data["evaluation"])
+    if not config.method.is_float:
+        data["calibration"] = load_samples(
+            _source(config, "calibration"), calibration.tasks, calibration.samples_per_task, calibration.seed, active
+        )
+        check_disjoint(data["calibration"], data["evaluation"])
     return data, {split: dataset_hash(samples) for split, samples in data.items()}
 
 
-def _model_hash(config: RunConfig) -> str:
-    """What tells these weights from others that go by the same name."""
+def _checked_model(config: RunConfig) -> str:
+    """What tells these weights from others that go by the same name, after a look at files and sizes."""
+    from masq.models.architecture import architecture
     from masq.models.fingerprint import fingerprint
     from masq.models.loading import source_folder
 
-    return fingerprint(config.model, source_folder(config.model))
+    folder = source_folder(config.model)
+    if folder is not None:
+        check_sizes(config, architecture(replace(config.model, source=str(folder))))
+    return fingerprint(config.model, folder)
 
 
 def _source(config: RunConfig, split: str) -> Path:
@@ -269,14 +292,3 @@ def _timed(record: RunRecord, stage: str) -> Iterator[None]:
     _LOG.info("%s ...", stage)
     yield
     record.timings[stage] = time.perf_counter() - started
-
-
-def _peak_memory(device: str) -> int:
-    """Largest resident memory of the process, plus the largest GPU allocation, in bytes."""
-    # Linux reports kibibytes.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if device.startswith("cuda"):
-        import torch
-
-        peak += torch.cuda.max_memory_allocated(device)
-    return peak

@@ -188,7 +188,9 @@ def test_the_demo_preset_has_the_sizes_of_the_readme() -> None:
         ("scheme.weight.granularity", "per_token", "weight.granularity must be"),
         ("scheme.activation.granularity", "per_channel", "activation.granularity must be per_token"),
         ("scheme.weight", None, "activations are quantized only together with weights"),
+        ("scheme.activation.symmetric", False, "activations are symmetric"),
         ("scheme.roles", ["query", "query"], "each once"),
+        ("scheme.roles", ["query"], "the name w4a8 stands for other formats or roles"),
         ("calibration.samples_per_task", 0, "samples_per_task must be positive"),
         ("calibration.batch_size", 0, "batch_size must be positive"),
         ("calibration.tasks", [], "tasks must name at least one task"),
@@ -248,8 +250,27 @@ def test_active_modalities() -> None:
 
 
 def test_group_size_is_checked_on_the_quantized_roles_alone() -> None:
-    roles = "++scheme.roles=[down]"
-    assert decode(plain("scheme=w4a16", roles)).scheme.roles == ("down",), "128 divides 1536"
+    roles = ("++scheme.roles=[down]", "++scheme.name=w4a16_down")
+    assert decode(plain("method=rtn", "scheme=w4a16", *roles)).scheme.roles == ("down",), "128 divides 1536"
+
+
+def test_a_rank_is_checked_against_the_smallest_corrected_linear() -> None:
+    overrides = ("++method.compensation.rank_ratio=null", "++method.compensation.rank=193")
+    with pytest.raises(ConfigError, match=r"192 for key of smol_omni.*rank=193"):
+        decode(plain(*overrides))
+    assert decode(plain(*overrides, "++method.compensation.groups=[gate_up]")).method.compensation.rank == 193
+
+
+def test_learned_smoothing_of_float_linears_is_refused() -> None:
+    with pytest.raises(ConfigError, match="needs a quantized linear"):
+        decode(plain("++scheme.roles=[down]", "++scheme.name=down"))
+
+
+def test_the_float_model_is_one_experiment_for_every_scheme_and_seed() -> None:
+    one, other = decode(plain("method=none", "scheme=w4a8")), decode(plain("method=none", "scheme=w8a8", "seed=3"))
+    assert identity(one, {}) == identity(other, {})
+    assert run_folder(one, "k") == run_folder(other, "k")
+    assert identity(one, {}) != identity(decode(plain("method=none", "modality=dual")), {})
 
 
 def test_notes_say_what_had_no_effect() -> None:

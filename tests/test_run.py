@@ -141,11 +141,9 @@ def test_identity_follows_config_and_data(splits: dict[str, Path], tmp_path: Pat
     assert run(config(other, tmp_path)).identity != base
 
 
-def test_identity_follows_the_weights(
-    splits: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_identity_follows_the_weights(splits: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = run(config(splits, tmp_path, "mas"))
-    monkeypatch.setattr(run_module, "_model_hash", lambda _config: "other weights")
+    monkeypatch.setattr(run_module, "_checked_model", lambda _config: "other weights")
     other = run(config(splits, tmp_path, "mas"))
     assert other.identity != base.identity
     assert other.provenance["data"]["model"] == "other weights"

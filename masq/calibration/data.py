@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from masq.errors import DataError, suggestion
-from masq.models.base import Modality, Sample
+from masq.models.base import Modality, Sample, combined_hash
 
 if TYPE_CHECKING:
     import pyarrow
@@ -23,7 +23,7 @@ TEXT_COLUMNS = ("id", "task", "question", "answer")
 MEDIA_COLUMNS = ("image", "audio")
 
 # Decoding every image and waveform again for each cell of a sweep would cost seconds; keys hold no media.
-_CONTENT_HASHES: dict[tuple[bytes, ...], str] = {}
+_CONTENT_HASHES: dict[tuple[bytes, ...], dict[str, str]] = {}
 
 
 def load_samples(
@@ -120,8 +120,8 @@ def limit_per_task(samples: Sequence[Sample], count: int | None) -> list[Sample]
     return kept
 
 
-def content_hash(sample: Sample) -> str:
-    """``Sample.content_hash``, computed once per process for the same bytes and texts.
+def content_hashes(sample: Sample) -> dict[str, str]:
+    """``Sample.content_hashes``, computed once per process for the same bytes and texts.
 
     Raises:
         DataError: the image or the audio cannot be decoded.
@@ -129,7 +129,7 @@ def content_hash(sample: Sample) -> str:
     media = (b"-" if one is None else hashlib.sha256(one).digest() for one in (sample.image, sample.audio))
     key = (*media, sample.question.encode(), sample.answer.encode())
     if key not in _CONTENT_HASHES:
-        _CONTENT_HASHES[key] = sample.content_hash()
+        _CONTENT_HASHES[key] = sample.content_hashes()
     return _CONTENT_HASHES[key]
 
 
@@ -141,20 +141,28 @@ def dataset_hash(samples: Iterable[Sample]) -> str:
     """
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(f"{sample.id}\0{sample.task}\0{content_hash(sample)}\n".encode())
+        digest.update(f"{sample.id}\0{sample.task}\0{combined_hash(content_hashes(sample))}\n".encode())
     return digest.hexdigest()
 
 
 def check_disjoint(calibration: Iterable[Sample], evaluation: Iterable[Sample]) -> None:
-    """Check that no evaluation sample is shown in calibration, whatever its id or container format.
+    """Check that no evaluation sample is shown in calibration, whatever its id, container format or question.
+
+    An image or a sound counts by itself: asking about it in other words does not make it unseen. Samples without
+    media are compared by question and answer.
 
     Raises:
         DataError: which ones are.
     """
     shown: dict[str, str] = {}
     for sample in calibration:
-        shown.setdefault(content_hash(sample), sample.id)
-    overlap = [f"{sample.id} = {shown[key]}" for sample in evaluation if (key := content_hash(sample)) in shown]
+        for part in _guarded(sample):
+            shown.setdefault(part, sample.id)
+    overlap = [
+        f"{sample.id} = {shown[part]}"
+        for sample in evaluation
+        if (part := next((one for one in _guarded(sample) if one in shown), None)) is not None
+    ]
     if overlap:
         more = "" if len(overlap) <= 5 else f" and {len(overlap) - 5} more"
         raise DataError(
@@ -162,6 +170,13 @@ def check_disjoint(calibration: Iterable[Sample], evaluation: Iterable[Sample]) 
             value=", ".join(overlap[:5]) + more,
             remedy="calibrate on another split",
         )
+
+
+def _guarded(sample: Sample) -> list[str]:
+    """Hashes that must not occur in another split: of the media, or of the text where there are none."""
+    hashes = dict(content_hashes(sample))
+    text = hashes.pop("text")
+    return list(hashes.values()) or [text]
 
 
 def _read(path: Path) -> list[Sample]:

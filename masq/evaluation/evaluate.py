@@ -12,7 +12,7 @@ from masq.evaluation.batch_store import BatchStore, Progress, ProgressLog, named
 from masq.evaluation.generation import Answer, generate_answers, health
 from masq.evaluation.likelihood import answer_nll
 from masq.evaluation.scoring import ANSWER_METRICS, Score, perplexity
-from masq.evaluation.tasks import TASKS
+from masq.evaluation.tasks import TASKS, check_tasks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,6 +64,7 @@ def evaluate(
     """
     if not samples:
         raise DataError("an evaluation needs at least one sample", value=0)
+    check_tasks(samples)
     kinds = {task: TASKS.get(task) for task in dict.fromkeys(sample.task for sample in samples)}
     progress = progress or ProgressLog()
     batches = named_batches(batches_of(samples, config.batch_size))

@@ -18,6 +18,7 @@ import torch
 
 from masq.errors import ModelError
 from masq.models.tokens import real_tokens
+from masq.numerics.scheme import GROUP_ROLES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,13 +47,19 @@ class Role(StrEnum):
     DOWN = "down"
 
 
-GROUPS: dict[str, tuple[Role, ...]] = {
-    "qkv": (Role.QUERY, Role.KEY, Role.VALUE),
-    "output": (Role.OUTPUT,),
-    "gate_up": (Role.GATE, Role.UP),
-    "down": (Role.DOWN,),
-}
+GROUPS: dict[str, tuple[Role, ...]] = {group: tuple(map(Role, roles)) for group, roles in GROUP_ROLES.items()}
 """Linears that read the same input, by group name, in the order in which a block computes them."""
+
+
+def combined_hash(parts: Mapping[str, str]) -> str:
+    """One sha256 of the hashes of several named parts."""
+    return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in sorted(parts.items())).encode()).hexdigest()
+
+
+def _labelled_hash(label: str, content: bytes) -> str:
+    digest = hashlib.sha256(f"{label}:{len(content)}:".encode())
+    digest.update(content)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -86,29 +93,35 @@ class Sample:
         media = {Modality.VISION: self.image, Modality.AUDIO: self.audio}
         return frozenset({Modality.TEXT, *(modality for modality, data in media.items() if data is not None)})
 
-    def content_hash(self) -> str:
-        """sha256 of what the model is shown, whatever the container: RGB bytes and size, float32 waveform, texts.
+    def content_hashes(self) -> dict[str, str]:
+        """sha256 of each part that the model is shown: ``image``, ``audio`` (where there is one) and ``text``.
+
+        The container does not matter: an image is its RGB bytes and size, a sound its float32 waveform and rate, the
+        text question and answer.
 
         Raises:
             DataError: the image or the audio cannot be decoded.
         """
         from masq.models.prompts import decode_image, decode_waveform
 
-        digest = hashlib.sha256()
-
-        def add(label: str, content: bytes) -> None:
-            digest.update(f"{label}:{len(content)}:".encode())
-            digest.update(content)
-
+        hashes = {}
         if self.image is not None:
             picture = decode_image(self)
-            add(f"image {picture.width}x{picture.height}", picture.tobytes())
+            hashes["image"] = _labelled_hash(f"image {picture.width}x{picture.height}", picture.tobytes())
         if self.audio is not None:
             waveform, rate = decode_waveform(self)
-            add(f"audio {rate}", waveform.tobytes())
-        add("question", self.question.encode())
-        add("answer", self.answer.encode())
-        return digest.hexdigest()
+            hashes["audio"] = _labelled_hash(f"audio {rate}", waveform.tobytes())
+        question = self.question.encode()
+        hashes["text"] = _labelled_hash(f"question {len(question)}", question + self.answer.encode())
+        return hashes
+
+    def content_hash(self) -> str:
+        """sha256 of all parts of ``content_hashes`` together.
+
+        Raises:
+            DataError: the image or the audio cannot be decoded.
+        """
+        return combined_hash(self.content_hashes())
 
 
 @dataclass

@@ -78,7 +78,7 @@ def headers(folder: Path) -> dict[str, Any]:
     if (folder / INDEX).is_file():
         return _sharded_headers(folder)
     if (folder / WEIGHTS).is_file():
-        return _header(folder / WEIGHTS)
+        return header(folder / WEIGHTS)[0]
     raise ModelError(
         f"a checkpoint folder must contain {WEIGHTS} or {INDEX}",
         value=f"{folder} holds {', '.join(sorted(path.name for path in folder.iterdir())) or 'nothing'}",
@@ -106,7 +106,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 def _sharded_headers(folder: Path) -> dict[str, Any]:
     weight_map = _weight_map(folder)
-    shards = {path.name: _header(path) for path in weight_files(folder)}
+    shards = {path.name: header(path)[0] for path in weight_files(folder)}
     absent = sorted(name for name, shard in weight_map.items() if name not in shards[shard])
     if absent:
         raise ModelError(
@@ -117,8 +117,12 @@ def _sharded_headers(folder: Path) -> dict[str, Any]:
     return {name: entry for shard in shards.values() for name, entry in shard.items()}
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """Header of one safetensors file, after checking that all of its data is there."""
+def header(path: Path) -> tuple[dict[str, Any], int]:
+    """Header of one safetensors file, after checking that all of its data is there, and where the data begin.
+
+    Raises:
+        ModelError: the file is missing, truncated or of another format.
+    """
     if not path.is_file():
         raise ModelError("every weight file of the index must be there", value=path, remedy="download the missing file")
     size = path.stat().st_size
@@ -127,9 +131,9 @@ def _header(path: Path) -> dict[str, Any]:
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
         content = file.read(length) if length <= min(size, MAX_HEADER_BYTES) else b""
     try:
-        header = json.loads(content)
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        entries = json.loads(content)
+        entries.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             "a weight file must be complete and in the safetensors format",
@@ -142,7 +146,7 @@ def _header(path: Path) -> dict[str, Any]:
             value=f"{path}: {size} bytes where its header promises {8 + length + end}",
             remedy="download it again",
         )
-    return header
+    return entries, 8 + length
 
 
 def _read_json(path: Path) -> dict[str, Any]:

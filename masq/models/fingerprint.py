@@ -1,4 +1,4 @@
-"""A fingerprint of the float model, so that other weights under the same name are another experiment. No torch."""
+"""A fingerprint of the float model, so that other weights under the same name are another experiment."""
 
 from __future__ import annotations
 
@@ -12,48 +12,59 @@ from masq.models import checkpoint
 if TYPE_CHECKING:
     from masq.models.config import ModelConfig
 
-# A checkpoint of many gigabytes is read at this many places of each file only.
-_SAMPLES = 16
-_SAMPLE_BYTES = 1 << 16
+_SMALL_FILES = (".json", ".txt", ".jinja", ".model")
+# Of every tensor, so many bytes at its beginning, in its middle and at its end are read.
+_PIECE_BYTES = 4096
 
 
 def fingerprint(config: ModelConfig, folder: Path | None) -> str:
-    """SHA-256 over what was loaded.
+    """SHA-256 over what is loaded.
 
-    An embedded model is known by the checksums of its files (or by its name, where it is made from a seed). Of a
-    checkpoint folder it covers every JSON and text file whole, and of each weight file its size, its header and 16
-    pieces of 64 KiB spread evenly: training moves all weights, so a changed checkpoint cannot hide between them.
+    An embedded model is known by the checksums of its files and by the language model inside it (or by its name, where
+    it is made from a seed). Of a checkpoint folder it covers every JSON and text file whole, and of each tensor its
+    name, type, shape and 4 KiB of values at its beginning, middle and end: whoever changes a weight of a linear,
+    merged adapters included, changes all three.
 
     Args:
         config: the model.
-        folder: of the checkpoint, None for an embedded model.
+        folder: of the checkpoint, its files checked; None for an embedded model.
 
     Raises:
         DataError: a file cannot be read.
-        ModelError: a weight file is damaged.
+        ModelError: a weight file is damaged, or the package of an embedded language model is missing.
     """
     if folder is None:
         return _embedded(config.source)
     digest = hashlib.sha256()
-    small = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".txt", ".jinja", ".model"))
-    for path in small:
+    for path in sorted(path for path in folder.iterdir() if path.suffix in _SMALL_FILES):
         digest.update(f"{path.name} {sha256_file(path)}\n".encode())
     for path in checkpoint.weight_files(folder):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        digest.update(_pieces(path))
+        digest.update(f"{path.name}\n".encode())
+        digest.update(_tensors(path))
     return digest.hexdigest()
 
 
 def _embedded(source: str) -> str:
-    listing = Path(__file__).parent / "zoo" / f"{source.partition(':')[2]}_files" / "SHA256SUMS"
-    return sha256_file(listing) if listing.is_file() else hashlib.sha256(source.encode()).hexdigest()
+    name = source.partition(":")[2]
+    parts = [source]
+    listing = Path(__file__).parent / "zoo" / f"{name}_files" / "SHA256SUMS"
+    if listing.is_file():
+        from masq.models.zoo import smol_omni
+
+        parts += [sha256_file(listing), sha256_file(smol_omni.language_file().path)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _pieces(path: Path) -> bytes:
-    """Digest of pieces at equal distances; the first one holds the header, or its beginning."""
-    size, digest = path.stat().st_size, hashlib.sha256()
+def _tensors(path: Path) -> bytes:
+    """Digest of the tensors of one safetensors file."""
+    header, start = checkpoint.header(path)
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        for index in range(_SAMPLES):
-            file.seek(max(0, size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
+        for name, entry in sorted(header.items()):
+            digest.update(f"{name} {entry['dtype']} {entry['shape']}\n".encode())
+            begin, end = entry["data_offsets"]
+            for place in (begin, (begin + end - _PIECE_BYTES) // 2, end - _PIECE_BYTES):
+                at = max(begin, place)
+                file.seek(start + at)
+                digest.update(file.read(min(_PIECE_BYTES, end - at)))
     return digest.digest()

@@ -78,6 +78,31 @@ def quantize(x: torch.Tensor, fmt: TensorFormat) -> QuantizedTensor:
     )
 
 
+def fit_scale(x: torch.Tensor, fmt: TensorFormat) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The scales and zero points with which ``quantize`` rounds ``x`` [..., D]: float32 [..., G] both.
+
+    Raises:
+        ConfigError: as ``quantize``.
+    """
+    scale, zero_point = _scale_and_zero_point(_grouped(x, fmt), fmt)
+    return scale.squeeze(-1), None if zero_point is None else zero_point.squeeze(-1)
+
+
+def encode(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, fmt: TensorFormat) -> torch.Tensor:
+    """Nearest codes of ``x`` on a given grid, values beyond its ends clamped to them.
+
+    Args:
+        x: floating point, any shape that ``scale`` broadcasts to.
+        scale: positive.
+        zero_point: integers, None if the format is symmetric.
+        fmt: bits and symmetry.
+
+    Returns:
+        Integers in the dtype of ``x``.
+    """
+    return _codes(x, scale, zero_point, fmt).clamp_(fmt.qmin, fmt.qmax)
+
+
 def fake_quantize(x: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
     """``quantize(x, fmt).dequantize(x.dtype)`` with a gradient.
 

@@ -11,7 +11,15 @@ Granularity = Literal["per_channel", "per_group", "per_token"]
 RoleName = Literal["query", "key", "value", "output", "gate", "up", "down"]
 GroupName = Literal["qkv", "output", "gate_up", "down"]
 
-_ROLES: tuple[RoleName, ...] = ("query", "key", "value", "output", "gate", "up", "down")
+GROUP_ROLES: dict[GroupName, tuple[RoleName, ...]] = {
+    "qkv": ("query", "key", "value"),
+    "output": ("output",),
+    "gate_up": ("gate", "up"),
+    "down": ("down",),
+}
+"""Linears that read the same input, by group name, in the order in which a block computes them."""
+
+_ROLES: tuple[RoleName, ...] = tuple(role for roles in GROUP_ROLES.values() for role in roles)
 _MAX_BITS = 8
 
 
@@ -82,21 +90,27 @@ class Scheme:
 
         Raises:
             ConfigError: formats used for the wrong tensor, integer activations without integer weights, repeated
-                roles, or a preset's name on other formats.
+                roles, asymmetric activations, or a preset's name on other formats or fewer roles.
         """
         if self.weight is not None and self.weight.granularity == "per_token":
             raise ConfigError("weight.granularity must be per_channel or per_group", value=self.weight.granularity)
         if self.activation is not None and self.activation.granularity != "per_token":
             raise ConfigError("activation.granularity must be per_token", value=self.activation.granularity)
+        if self.activation is not None and not self.activation.symmetric:
+            raise ConfigError(
+                "activations are symmetric: the integer GEMM has no zero point for them",
+                value="activation.symmetric=false",
+                remedy="set activation.symmetric=true",
+            )
         if self.weight is None and self.activation is not None:
             raise ConfigError("activations are quantized only together with weights", value="weight=null")
         if not self.roles or len(set(self.roles)) != len(self.roles):
             raise ConfigError("roles must name at least one linear, each once", value=list(self.roles))
         formats = _PRESETS.get(self.name)
-        if formats is not None and formats != (self.weight, self.activation):
+        if formats is not None and (*formats, set(_ROLES)) != (self.weight, self.activation, set(self.roles)):
             raise ConfigError(
-                f"the name {self.name} stands for other formats",
-                value=f"weight={self.weight}, activation={self.activation}",
+                f"the name {self.name} stands for other formats or roles",
+                value=f"weight={self.weight}, activation={self.activation}, roles={', '.join(self.roles)}",
                 remedy="give a changed scheme a name of its own: scheme.name=NAME",
             )
 

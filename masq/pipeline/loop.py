@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from masq.calibration.replay import BlockData, ReplayBatch, advance, capture, collect
+from masq.errors import numerical_errors_of
 from masq.models.base import Modality
 from masq.numerics.sqnr import token_sqnr
 from masq.pipeline.assembly import Stages, quantize_block
 from masq.pipeline.progress import BlockClock
 from masq.pipeline.store import BlockStore, block_tensors, restore_block
-from masq.transforms.learned import Factors, learn_factors, run_fake_quantized
+from masq.transforms.learned import Factors, LearnedFactors, learn_factors, run_fake_quantized
 from masq.transforms.stages import SMOOTHING, SmoothingPlan
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def quantize(
         DataError: a stored block is damaged.
     """
     report = QuantizationReport()
-    _warn_about_missing(adapter, batches, report)
+    if stages.smoothing.kind != "none" or stages.compensation.kind != "none":
+        _warn_about_missing(adapter, batches, report)
     hidden, replay = capture(adapter, batches)
     learned: list[SmoothingPlan] | None = None
     if stages.smoothing.kind == "modality_learned":
@@ -84,6 +86,7 @@ def quantize(
     started = time.perf_counter()
     _quantize(adapter, hidden, replay, stages, context, blocks, learned, report)
     report.seconds["quantize"] = time.perf_counter() - started
+    context.clear()
     return report
 
 
@@ -130,10 +133,8 @@ def _learn(
         targets = _outputs(block, name, floats, replay, context) if walk_needed else []
         stored, outputs = store.load(index), None
         if stored is None:
-            statistics = collect(block, quantized, replay, groups=stages.smoothing.groups)
-            initial = SMOOTHING.get(stages.smoothing.kind)(block, statistics, stages.smoothing).factors
-            data = BlockData(quantized, targets, replay)
-            outcome = learn_factors(block, name, initial, data, stages.scheme, stages.smoothing, seed=stages.seed)
+            with numerical_errors_of(name):
+                outcome = _learn_one(block, name, BlockData(quantized, targets, replay), stages)
             note = {
                 "initial_loss": outcome.initial_loss,
                 "final_loss": outcome.final_loss,
@@ -149,8 +150,17 @@ def _learn(
         if walk_needed:
             quantized = outputs or run_fake_quantized(block, name, logs, quantized, replay, stages.scheme)
             floats = targets
-            clock.tick(f"loss {stored[1]['initial_loss']:.4f} -> {stored[1]['final_loss']:.4f}")
+            losses = f"loss {stored[1]['initial_loss']:.4f} -> {stored[1]['final_loss']:.4f}"
+            clock.tick(f"{losses} | {_sqnr_text(_mean_sqnr(targets, quantized, replay))}")
     return plans
+
+
+def _learn_one(block: BlockAdapter, name: str, data: BlockData, stages: Stages) -> LearnedFactors:
+    """Learn the factors of one block, from those of the closed form on."""
+    assert stages.smoothing.kind == "modality_learned"
+    statistics = collect(block, data.hidden, data.batches, groups=stages.smoothing.groups)
+    initial = SMOOTHING.get(stages.smoothing.kind)(block, statistics, stages.smoothing).factors
+    return learn_factors(block, name, initial, data, stages.scheme, stages.smoothing, seed=stages.seed)
 
 
 def _quantize(
@@ -179,7 +189,8 @@ def _quantize(
         stored = store.load(index)
         if stored is None:
             plan = learned[index] if learned else None
-            note = {"captured": _quantize_one(block, name, (floats, quantized), replay, stages, context, plan)}
+            with numerical_errors_of(name):
+                note = {"captured": _quantize_one(block, name, (floats, quantized), replay, stages, context, plan)}
         else:
             restore_block(block, stored[0], stages.scheme, context, quantized[0].dtype)
             note = stored[1]
@@ -189,7 +200,7 @@ def _quantize(
             store.save(index, block_tensors(block), note)
         floats = targets
         _merge(report.blocks, index, {"sqnr": sqnr, **note})
-        clock.tick("SQNR dB " + " ".join(f"{key} {value:.1f}" for key, value in sqnr.items()))
+        clock.tick(_sqnr_text(sqnr))
 
 
 def _one_of_each_mix(replay: Sequence[ReplayBatch]) -> list[int]:
@@ -220,6 +231,10 @@ def _quantize_one(
     if on_floats:
         statistics = collect(block, floats, replay, groups=(), second_moment=moments)
     return quantize_block(block, name, plan, statistics, stages, context)
+
+
+def _sqnr_text(sqnr: dict[str, float]) -> str:
+    return "SQNR dB " + " ".join(f"{key} {value:.1f}" for key, value in sqnr.items())
 
 
 def _mean_sqnr(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,9 @@ class BlockStore:
     def save(self, index: int, tensors: dict[str, torch.Tensor], note: dict[str, Any]) -> None:
         """Write one block; a reader sees the whole file or none."""
         contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        atomic_write_bytes(self.path(index), save(contiguous, metadata={"note": json.dumps(note)}))
+        text = json.dumps(note)
+        metadata = {"note": text, "sha256": _digest(contiguous, text)}
+        atomic_write_bytes(self.path(index), save(contiguous, metadata=metadata))
 
     def load(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Read one block, None when it is not finished.
@@ -54,15 +57,27 @@ class BlockStore:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                note = json.loads(file.metadata()["note"])
+                metadata = file.metadata()
                 # Mapped tensors lie at any byte; CPU kernels round differently on unaligned ones, a copy is aligned.
-                return {name: file.get_tensor(name).clone() for name in file.keys()}, note  # noqa: SIM118
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            if metadata["sha256"] != _digest(tensors, metadata["note"]):
+                raise ValueError("its checksum does not fit")
+            return tensors, json.loads(metadata["note"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DataError(
-                "a block checkpoint must be a complete safetensors file",
+                "a block checkpoint must be a complete, undamaged safetensors file",
                 value=path.name,
                 remedy="delete it; the block is computed again",
             ) from error
+
+
+def _digest(tensors: dict[str, torch.Tensor], note: str) -> str:
+    """SHA-256 of names, types, shapes and bytes, and of the note."""
+    digest = hashlib.sha256(note.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def block_tensors(block: BlockAdapter) -> dict[str, torch.Tensor]:

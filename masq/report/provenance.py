@@ -107,7 +107,11 @@ def device_name(device: str) -> str:
     if device.startswith("cuda"):
         import torch
 
-        return torch.cuda.get_device_name(device) if torch.cuda.is_available() else device
+        try:
+            return torch.cuda.get_device_name(device)
+        except (RuntimeError, AssertionError):
+            # Whether the device exists is for loading to find out and explain.
+            return device
     return cpu_info().get("model name") or platform.processor() or platform.machine()
 
 

@@ -25,7 +25,7 @@ _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _SCORE_KEYS = {"value", "n", "standard_error", "higher_is_better"}
 # What two runs with the same result may differ in: when, how fast and with how much memory.
 _VOLATILE_FIELDS = ("timings", "peak_memory_bytes")
-_VOLATILE_KEYS = frozenset({"started", "finished", "seconds", "memory_bytes", "peak_memory_bytes"})
+_VOLATILE_KEYS = frozenset({"started", "finished", "seconds", "memory_bytes", "peak_memory_bytes", "earlier_sessions"})
 
 
 class ScoreEntry(TypedDict):
@@ -44,7 +44,8 @@ class RunRecord:
     Attributes:
         identity: SHA-256 of the resolved configuration and the data; equal identities mean the same experiment.
         config: the resolved configuration; ``config["method"]["name"]`` and ``config["scheme"]["name"]`` name the cell.
-        provenance: where the numbers come from, see `masq.report.provenance`.
+        provenance: where the numbers come from, see `masq.report.provenance`; ``earlier_sessions`` lists the programs
+            that worked on the run before it was resumed.
         status: ``finished`` or ``failed`` (``running`` only in memory, before the end is known).
         scores: task -> metric -> `ScoreEntry`.
         health: task -> counts of answers that are ``empty``, ``truncated`` or ``repeating``, and ``n``.

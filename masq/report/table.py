@@ -20,6 +20,7 @@ from masq.report.record import RunRecord, ScoreEntry
 
 FORMATS = ("markdown", "csv", "latex")
 _ABSENT = "-"
+_INVALID = " (!)"
 _MODALITIES = ("text", "vision", "audio", "joint")
 _FIDELITY = (("sqnr", "SQNR {} (dB)", True), ("nll", "NLL {}", False), ("kl", "KL {}", False))
 
@@ -34,6 +35,7 @@ class Column:
         read: record -> (value, standard error); value None where the record has none.
         digits: decimals shown.
         higher_is_better: direction for bold; None when there is no best.
+        valid: False for a record in which too many answers failed for the value to mean what its title says.
     """
 
     key: str
@@ -41,6 +43,7 @@ class Column:
     read: Callable[[RunRecord], tuple[float | None, float | None]]
     digits: int = 2
     higher_is_better: bool | None = None
+    valid: Callable[[RunRecord], bool] = lambda _record: True
 
 
 def table(
@@ -108,6 +111,8 @@ def footnotes(records: Sequence[RunRecord]) -> list[str]:
             failure = record.failure or {"kind": "not finished", "message": ""}
             notes.append(f"{name}: {failure['kind']}: {failure['message']}".rstrip(": "))
         notes += [f"{name}: {warning}" for warning in record.warnings]
+    if any(not s.get("valid", True) for r in records for metrics in r.scores.values() for s in metrics.values()):
+        notes.append("(!): too many answers failed for this score to be valid.")
     return list(dict.fromkeys(notes))
 
 
@@ -172,11 +177,14 @@ def _score_column(task: str, metric: str, records: Sequence[RunRecord]) -> Colum
         score = record.scores.get(task, {}).get(metric)
         return (None, None) if score is None else (score["value"], score["standard_error"])
 
+    def valid(record: RunRecord) -> bool:
+        return bool(record.scores.get(task, {}).get(metric, {}).get("valid", True))
+
     known: list[ScoreEntry] = [r.scores[task][metric] for r in records if metric in r.scores.get(task, {})]
     better = known[0]["higher_is_better"]
     # Shares need three decimals; perplexities are large.
     digits = 2 if metric == "perplexity" else 3
-    return Column(f"{task}.{metric}", f"{task} {metric.replace('_', ' ')}", read, digits, better)
+    return Column(f"{task}.{metric}", f"{task} {metric.replace('_', ' ')}", read, digits, better, valid)
 
 
 def _fidelity_column(name: str, key: str, title: str, better: bool) -> Column:
@@ -220,15 +228,16 @@ def _text_rows(
         cells = [values[position] for _, values in labels]
         for column in columns:
             value, error = column.read(record)
-            text = _number(value, error, column.digits)
-            cells.append(mark.format(text) if value is not None and value == best.get(column.key) else text)
+            text = _number(value, error, column.digits) + ("" if column.valid(record) else _INVALID)
+            is_best = value is not None and column.valid(record) and value == best.get(column.key)
+            cells.append(mark.format(text) if is_best and record.method != "none" else text)
         rows.append(cells)
     return rows
 
 
 def _best(column: Column, records: Sequence[RunRecord]) -> float | None:
-    """Best value among quantized rows: the float model competes with nobody."""
-    values = [column.read(record)[0] for record in records if record.method != "none"]
+    """Best value among quantized rows: the float model and scores that are not valid compete with nobody."""
+    values = [column.read(r)[0] for r in records if r.method != "none" and column.valid(r)]
     finite = [value for value in values if value is not None and not math.isnan(value)]
     if column.higher_is_better is None or not finite:
         return None

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 Factors = dict[str, dict[Modality, torch.Tensor]]
 
+# A loss that ends a little above its start is noise (the start is kept); this many times above is divergence.
+_DIVERGED = 10.0
+
 
 @dataclass(frozen=True)
 class LearnedFactors:
@@ -182,6 +185,12 @@ def learn_factors(
         initial_loss, initial_outputs = _measure(output_of, loss_of, len(data.batches), name)
         _train(lambda index: loss_of(output_of(index), index), parameters, len(data.batches), name, config, seed)
         final_loss, final_outputs = _measure(output_of, loss_of, len(data.batches), name)
+    if final_loss > _DIVERGED * initial_loss:
+        raise NumericalError(
+            f"learning the smoothing of {name} must not diverge",
+            value=f"loss {initial_loss:.4g} -> {final_loss:.4g}",
+            remedy="lower method.smoothing.learning_rate; finished blocks are kept",
+        )
     reverted = final_loss > initial_loss
     starting = {g: {m: f.float().log() for m, f in by.items()} for g, by in initial.items()}
     learned = {g: {m: log.detach() for m, log in by.items()} for g, by in logs.items()}

@@ -140,6 +140,22 @@ def tie_to_kv_heads(factor: torch.Tensor, num_heads: int, num_kv_heads: int) -> 
 
 
 @torch.no_grad()
+def foldable_factor(norm: nn.Module, factor: torch.Tensor) -> torch.Tensor:
+    """The factor nearest to ``factor`` [D] by which the norm's weight can be divided exactly in its own dtype.
+
+    In 16 bits the quotient is rounded; the linears must then be multiplied by what was really divided out, else
+    folding would not be an exact rewrite. Channels whose weight is zero keep their factor. Float32 [D].
+    """
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.shape != factor.shape:
+        return factor
+    exact = weight.double() / factor.to(weight.device).double()
+    stored = exact.to(weight.dtype).double()
+    effective = torch.where(stored == 0, factor.to(weight.device).double(), weight.double() / stored)
+    return effective.float().to(factor.device)
+
+
+@torch.no_grad()
 def fold_into_norm(norm: nn.Module, factor: torch.Tensor) -> None:
     """Divide weight and bias of a norm by ``factor`` [D] in place: its output becomes x / s.
 

@@ -12,6 +12,7 @@ from masq.registry import Registry
 from masq.transforms.smoothing import (
     fold_into_norm,
     fold_into_value,
+    foldable_factor,
     modality_factors,
     shared_factor,
     tie_to_kv_heads,
@@ -60,9 +61,12 @@ def fit_shared(
     factors, folded = {}, set()
     for group in config.groups:
         factor = shared_factor(statistics[group], group_weights(block, group), config.alpha, config.source)
+        norm = block.norm(group)
         if config.fold and group == "output":
             factor = tie_to_kv_heads(factor, block.num_heads, block.num_kv_heads)
-        if config.fold and (group == "output" or block.norm(group) is not None):
+            folded.add(group)
+        elif config.fold and norm is not None:
+            factor = foldable_factor(norm, factor)
             folded.add(group)
         factors[group] = {modality: factor for modality in Modality if modality is not Modality.PADDING}
     return SmoothingPlan(factors, frozenset(folded))

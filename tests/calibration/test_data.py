@@ -35,10 +35,11 @@ def flac(value: float, kind: str = "FLAC") -> bytes:
 
 def make(task: str, number: int) -> Sample:
     media: dict[str, Any] = {}
+    content = number + 100 * (task == "joint")
     if task in ("digits", "joint"):
-        media["image"] = png(number)
+        media["image"] = png(content)
     if task in ("speech", "joint"):
-        media["audio"] = flac(number / 256)
+        media["audio"] = flac(content / 256)
     prose = task == "prose"
     return Sample(f"{task}-test-{number}", task, "" if prose else "what?", f"answer {number}", **media)
 
@@ -217,10 +218,10 @@ def test_dataset_hash_sees_content_order_and_ids() -> None:
 def test_content_hash_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sample = Sample("counted", "digits", "q", "only here", image=png(17))
     calls: list[str] = []
-    original: Callable[[Sample], str] = Sample.content_hash
-    monkeypatch.setattr(Sample, "content_hash", lambda self: calls.append(self.id) or original(self))
-    first = data.content_hash(sample)
-    assert data.content_hash(Sample("again", "digits", "q", "only here", image=png(17))) == first
+    original: Callable[[Sample], dict[str, str]] = Sample.content_hashes
+    monkeypatch.setattr(Sample, "content_hashes", lambda self: calls.append(self.id) or original(self))
+    first = data.content_hashes(sample)
+    assert data.content_hashes(Sample("again", "digits", "q", "only here", image=png(17))) == first
     assert calls == ["counted"]
 
 
@@ -237,12 +238,22 @@ def test_overlap_is_found_behind_other_ids_and_containers() -> None:
     evaluation = [
         Sample("e-0", "digits", "q", "a", image=png(5, compress_level=9)),
         Sample("e-1", "speech", "q", "a", audio=flac(0.25, kind="WAV")),
-        Sample("e-2", "speech", "q", "c", audio=flac(0.25)),
+        Sample("e-2", "speech", "put in other words", "c", audio=flac(0.25)),
+        Sample("e-3", "joint", "q", "yes", image=png(5), audio=flac(0.5)),
+        Sample("e-4", "joint", "q", "yes", image=png(6), audio=flac(0.5)),
     ]
     assert calibration[0].image != evaluation[0].image
     with pytest.raises(DataError) as caught:
         data.check_disjoint(calibration, evaluation)
-    assert caught.value.value == "e-0 = c-0, e-1 = c-1"
+    assert caught.value.value == "e-0 = c-0, e-1 = c-1, e-2 = c-1, e-3 = c-0"
+
+
+def test_texts_are_compared_where_there_are_no_media() -> None:
+    with pytest.raises(DataError, match="e-0 = c-0"):
+        data.check_disjoint([Sample("c-0", "prose", "", "a passage")], [Sample("e-0", "prose", "", "a passage")])
+    data.check_disjoint([Sample("c-0", "prose", "", "a passage")], [Sample("e-0", "prose", "", "another")])
+    pictures = [[Sample(f"{n}", "read", "q", "a", image=png(n))] for n in (1, 2)]
+    data.check_disjoint(*pictures)
 
 
 def test_long_overlaps_are_cut() -> None:

@@ -16,7 +16,7 @@ from masq.numerics.scheme import Scheme
 from masq.numerics.sqnr import token_sqnr
 from masq.pipeline import loop
 from masq.pipeline.store import ALL_ROLES, BlockStore, block_tensors
-from masq.transforms.config import LearnedModalitySmoothing, SharedSmoothing
+from masq.transforms.config import LearnedModalitySmoothing, NoSmoothing, SharedSmoothing
 from masq.transforms.stages import SmoothingPlan, apply_folds, fit_shared
 from tests.nano_fixtures import METHODS, Nano, make_nano, nano_model, stages  # noqa: F401
 
@@ -196,6 +196,54 @@ def test_damaged_block_is_an_error(tmp_path: Path) -> None:
         quantize(make_nano(), tmp_path, "rtn")
 
 
+def test_flipped_bit_is_an_error(tmp_path: Path) -> None:
+    quantize(make_nano(), tmp_path, "rtn")
+    path = BlockStore(tmp_path / "blocks").path(1)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="block-001"):
+        quantize(make_nano(), tmp_path, "rtn")
+
+
+def test_corrections_are_qera_of_each_modality(tmp_path: Path) -> None:
+    """Without smoothing, the walk stores QERA-exact (arXiv 2410.06040, theorem 1) of each modality's own tokens."""
+    nano = make_nano()
+    block = nano.adapter.blocks()[0]
+    weight, inputs = block.linear(Role.GATE).weight.detach().double(), []
+    handle = block.linear(Role.GATE).register_forward_pre_hook(lambda _m, args: inputs.append(args[0].double()))
+    nano.targets()
+    handle.remove()
+    quantize(
+        nano,
+        tmp_path,
+        "qera",
+        smoothing=NoSmoothing(),
+        compensation=WhitenedLowRank(rank_ratio=None, rank=5, damping=1e-10),
+    )
+    layer = block.linear(Role.GATE)
+    error = weight - layer.codes_text.double() * layer.scale_text.double()
+
+    for modality in (Modality.VISION, Modality.AUDIO):
+        rows = torch.cat([x[b.modality == modality] for x, b in zip(inputs, nano.replay, strict=True)])
+        _, singular, basis = torch.linalg.svd(rows / len(rows) ** 0.5, full_matrices=False)
+        root = basis.t() @ torch.diag(singular) @ basis
+        u, s, vh = torch.linalg.svd(root @ error.t(), full_matrices=False)
+        expected = torch.linalg.pinv(root) @ u[:, :5] @ torch.diag(s[:5]) @ vh[:5]
+        name = modality.name.lower()
+        found = getattr(layer, f"left_{name}").double() @ getattr(layer, f"right_{name}").double()
+        # Compared where the modality lives: beyond the span of its tokens a correction is free.
+        torch.testing.assert_close(rows @ found, rows @ expected, rtol=1e-3, atol=1e-4)
+
+
+def test_overflow_names_the_block(tmp_path: Path) -> None:
+    nano = make_nano()
+    norm = nano.adapter.blocks()[1].norm("qkv")
+    norm.weight.data.fill_(float("inf"))
+    with pytest.raises(NumericalError, match="block 1"):
+        quantize(nano, tmp_path, "smoothquant")
+
+
 def test_nan_names_the_linear_and_keeps_finished_blocks(tmp_path: Path) -> None:
     nano = make_nano()
     nano.adapter.blocks()[1].linear(Role.UP).weight.data[3, 4] = float("nan")
@@ -208,7 +256,7 @@ def test_nan_names_the_linear_and_keeps_finished_blocks(tmp_path: Path) -> None:
 def test_roles_left_in_float(tmp_path: Path) -> None:
     """A role outside the scheme keeps its function, folded factors included."""
     scheme = Scheme(
-        "w8a8", Scheme.preset("w8a8").weight, Scheme.preset("w8a8").activation, roles=("query", "gate", "down")
+        "w8a8_some", Scheme.preset("w8a8").weight, Scheme.preset("w8a8").activation, roles=("query", "gate", "down")
     )
     nano = make_nano()
     report = quantize(nano, tmp_path, "smoothquant", scheme)

@@ -153,3 +153,14 @@ def test_infinite_and_undefined_values_are_shown_and_never_best() -> None:
     assert rows[2][3] == "nan"
     assert rows[2][6] == "inf"
     assert rows[3][3] == "**20.00**"
+
+
+def test_a_score_that_is_not_valid_is_marked_and_never_best() -> None:
+    broken = make_record("rtn", 0.9)
+    broken.scores["digits"]["exact_match"]["valid"] = False
+    text = table([broken, make_record("smoothquant", 0.5)], ["digits"], bold=True)
+    rows = rows_of(text)
+    assert rows[2][-1] == "0.900 ± 0.050 (!)"
+    assert rows[3][-1] == "**0.500 ± 0.050**"
+    assert "(!): too many answers failed" in text
+    assert "(!)" not in table([make_record("rtn")])

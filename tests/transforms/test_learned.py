@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from masq.calibration.replay import BlockData, ReplayBatch, collect
 from masq.errors import NumericalError
-from masq.models.base import Modality
+from masq.models.base import GROUPS, Modality
 from masq.numerics.scheme import Scheme
 from masq.transforms.config import LearnedModalitySmoothing
 from masq.transforms.learned import block_loss, learn_factors, run_fake_quantized
@@ -93,6 +95,52 @@ def test_one_modality_is_learned_smoothquant() -> None:
         assert set(as_text[group]) == {Modality.TEXT}
         assert set(as_vision[group]) == {Modality.VISION}
         assert torch.equal(as_text[group][Modality.TEXT], as_vision[group][Modality.VISION])
+
+
+class SharedLinear(torch.nn.Module):
+    """The reference: quantized linear with one learned factor for all tokens, straight from the definitions."""
+
+    def __init__(self, linear: torch.nn.Linear, log_factor: torch.Tensor | None) -> None:
+        super().__init__()
+        self.inner, self.log_factor = linear, log_factor
+
+    @staticmethod
+    def rounded(x: torch.Tensor, qmax: int) -> torch.Tensor:
+        scale = (x.abs().amax(-1, keepdim=True) / qmax).clamp(min=1e-12)
+        z = x / scale
+        return (z + (z.round() - z).detach()) * scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        s = 1.0 if self.log_factor is None else self.log_factor.exp()
+        return torch.nn.functional.linear(
+            self.rounded(x / s, 31), self.rounded(self.inner.weight * s, 7), self.inner.bias
+        )
+
+
+def test_one_modality_alone_equals_learned_smoothquant() -> None:
+    """On text alone the factors are those of an independent learner that knows of no modality."""
+    nano = make_nano(kinds=((),))
+    config = LearnedModalitySmoothing(epochs=5, learning_rate=0.02)
+    found, initial = learn(nano, config=config)
+    block, target = nano.adapter.blocks()[0], nano.targets()[0]
+    logs = {g: by[Modality.TEXT].log().requires_grad_() for g, by in initial.items()}
+    originals = {role: block.linear(role) for roles in GROUPS.values() for role in roles}
+    for group, roles in GROUPS.items():
+        for role in roles:
+            block.set_linear(role, SharedLinear(originals[role], logs.get(group)))
+    real = nano.replay[0].modality >= 0
+    optimizer = torch.optim.Adam(logs.values(), lr=0.02)
+    for step in range(5):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 + math.cos(math.pi * step / 5)) / 2
+        optimizer.zero_grad()
+        loss = (block.forward(nano.hidden[0], nano.replay[0].kwargs) - target)[real].abs().mean()
+        loss.backward()
+        optimizer.step()
+    assert loss < found.initial_loss
+    for group, log in logs.items():
+        torch.testing.assert_close(found.log_factors[group][Modality.TEXT], log.detach(), rtol=0, atol=2e-3)
+        moved = (log.detach() - initial[group][Modality.TEXT].log()).abs().max()
+        assert moved > 0.03, "the comparison must be of factors that learned"
 
 
 def test_a_modality_learns_from_its_own_rows(nano_model: Nano) -> None:  # noqa: F811

@@ -13,6 +13,7 @@ from masq.transforms.smoothing import (
     MIN_FACTOR,
     fold_into_norm,
     fold_into_value,
+    foldable_factor,
     modality_factors,
     shared_factor,
     smoothing_factor,
@@ -182,6 +183,24 @@ def test_untied_factor_is_refused_and_nothing_changes() -> None:
     with pytest.raises(ModelError):
         fold_into_value(nn.Linear(10, 9), tie_to_kv_heads(positive(30), 6, 2), 6, 2)
     assert torch.equal(v.weight, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_foldable_factor_is_divided_out_exactly_in_16_bits(dtype: torch.dtype) -> None:
+    norm = nn.RMSNorm(64).to(dtype)
+    with torch.no_grad():
+        norm.weight.copy_(normal(64))
+        norm.weight[3] = 0
+    before, wanted = norm.weight.detach().double(), positive(64).float()
+    factor = foldable_factor(norm, wanted)
+    torch.testing.assert_close(factor, wanted, rtol=2**-8, atol=0)
+    fold_into_norm(norm, factor)
+    torch.testing.assert_close(norm.weight.detach().double() * factor.double(), before, rtol=2**-23, atol=0)
+    fresh = nn.RMSNorm(64).to(dtype)
+    with torch.no_grad():
+        fresh.weight.copy_(before)
+    fold_into_norm(fresh, wanted)
+    assert not torch.allclose(fresh.weight.detach().double() * wanted.double(), before, rtol=2**-15, atol=0)
 
 
 def test_fold_refuses_a_norm_of_another_size() -> None:
