@@ -139,6 +139,11 @@ class _Workload:
         return cls(evaluation_tasks, calibration * tokens, samples, samples * tokens, tokens, active[1:])
 
 
+def _adapter_bytes(config: RunConfig) -> int:
+    compensation = config.method.compensation
+    return 0 if compensation.kind == "none" else _DTYPE_BYTES[compensation.dtype]
+
+
 def _adapter_elements(config: RunConfig, shapes: dict[str, tuple[int, int]]) -> int:
     """Elements of the low-rank factors of one block and one modality."""
     compensation, total = config.method.compensation, 0
@@ -171,7 +176,7 @@ def _stored_bits(config: RunConfig, sizes: Architecture, shapes: dict[str, tuple
         # Float32 scales, and float32 zero points where the format has them.
         bits += copies * d_out * (d_in * weight.bits + groups * (32 if weight.symmetric else 64))
     bits += _smoothing_elements(config, shapes) * 32
-    bits += others * _adapter_elements(config, shapes) * 8 * _DTYPE_BYTES[config.model.dtype]
+    bits += others * _adapter_elements(config, shapes) * 8 * _adapter_bytes(config)
     return bits * sizes.num_layers
 
 

@@ -72,10 +72,10 @@ def test_effective_bits_by_hand() -> None:
     rtn = plan(configured("model=nano_vl", "modality=dual", "method=rtn"))
     assert rtn.num_weights == 3 * weights
     assert rtn.effective_bits == pytest.approx((4 * weights + 32 * rows) / weights)
-    # qkv, output and gate_up for text and vision, float32 vectors and float32 rank-2 factors (0.05 * 48).
+    # qkv, output and gate_up for text and vision, float32 vectors and 16-bit rank-2 factors (0.05 * 48).
     masquant = plan(configured("model=nano_vl", "modality=dual", "method=masquant"))
     ranks = {role: int(0.05 * min(shape)) for role, shape in shapes.items() if role != "down"}
-    adapters = sum(32 * rank * sum(shapes[role]) for role, rank in ranks.items())
+    adapters = sum(16 * rank * sum(shapes[role]) for role, rank in ranks.items())
     assert ranks == {"query": 2, "key": 0, "value": 0, "output": 2, "gate": 2, "up": 2}
     vectors = 32 * 2 * 3 * 48
     assert masquant.effective_bits == pytest.approx((4 * weights + 32 * rows + vectors + adapters) / weights)

@@ -30,6 +30,7 @@ class WhitenedLowRank:
         whiten: False fits the plain weight error (ordinary SVD), as an ablation.
         activations: which chain's activations are behind C_m.
         groups: the groups of linears that are corrected.
+        dtype: in which the factors are stored, whatever the model's own is; they are multiplied in the model's.
     """
 
     kind: Literal["whitened_low_rank"] = "whitened_low_rank"
@@ -39,6 +40,7 @@ class WhitenedLowRank:
     whiten: bool = True
     activations: Literal["quantized", "float"] = "quantized"
     groups: tuple[GroupName, ...] = ("qkv", "output", "gate_up")
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:
         """Reject values out of range.

@@ -41,8 +41,8 @@ class QuantLinear(nn.Module):
         context: tells the modality of every row.
         smoothing: factor s_m [I] by modality, None for no run-time smoothing. Text must be present; a modality that
             calibration never saw uses the factor of text.
-        corrections: (L1 [I, R], L2 [R, O]) by modality.
-        dtype: dtype of corrections and bias.
+        corrections: (L1 [I, R], L2 [R, O]) by modality, kept in the dtype they come in, multiplied in that of the rows.
+        dtype: dtype of the bias.
     """
 
     bias: torch.Tensor | None
@@ -77,8 +77,8 @@ class QuantLinear(nn.Module):
         self.register_buffer("inverse_smoothing", None if smoothing is None else _inverse_table(smoothing))
         self.correction_modalities = tuple(sorted(corrections or ()))
         for modality, (left, right) in (corrections or {}).items():
-            self.register_buffer(f"left_{modality.name.lower()}", left.to(dtype).contiguous())
-            self.register_buffer(f"right_{modality.name.lower()}", right.to(dtype).contiguous())
+            self.register_buffer(f"left_{modality.name.lower()}", left.contiguous())
+            self.register_buffer(f"right_{modality.name.lower()}", right.contiguous())
 
     def _register_weight(self, name: str, weight: QuantizedTensor) -> None:
         self.register_buffer(f"codes_{name}", weight.codes.contiguous())
@@ -143,7 +143,8 @@ class QuantLinear(nn.Module):
     def low_rank(self, rows: torch.Tensor, modality: Modality) -> torch.Tensor:
         """Correction of smoothed rows [n, I] of one modality: [n, O]."""
         name = modality.name.lower()
-        return rows @ getattr(self, f"left_{name}") @ getattr(self, f"right_{name}")
+        left, right = (getattr(self, f"{side}_{name}").to(rows.dtype) for side in ("left", "right"))
+        return rows @ left @ right
 
     @classmethod
     def from_state(

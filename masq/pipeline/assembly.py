@@ -163,7 +163,8 @@ def _corrections(
         fit = fit_low_rank(smoothed[modality] - base_oi, root, rank, whiten=config.whiten)
         shares[modality] = float(fit.captured)
         if rank:
-            corrections[modality] = (fit.left, fit.right)
+            dtype = getattr(torch, config.dtype)
+            corrections[modality] = (fit.left.to(dtype), fit.right.to(dtype))
     return corrections, shares
 
 

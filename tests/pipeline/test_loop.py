@@ -11,6 +11,7 @@ from masq.calibration.replay import ReplayBatch, advance, collect
 from masq.compensation.config import WhitenedLowRank
 from masq.errors import DataError, NumericalError
 from masq.models.base import GROUPS, Modality, Role
+from masq.modules.footprint import footprint
 from masq.modules.quant_linear import QuantLinear
 from masq.numerics.scheme import Scheme
 from masq.numerics.sqnr import token_sqnr
@@ -75,7 +76,7 @@ def test_corrections_help_the_other_modalities(tmp_path: Path) -> None:
     scheme = Scheme("w4", Scheme.preset("w4a8").weight, None)
     none = quantize(make_nano(), tmp_path / "none", "smoothquant", scheme, smoothing=SharedSmoothing(source="text"))
     low = quantize(make_nano(), tmp_path / "low", "qera", scheme)
-    rank = WhitenedLowRank(rank_ratio=1.0, damping=1e-9)
+    rank = WhitenedLowRank(rank_ratio=1.0, damping=1e-9, dtype="float32")
     full = quantize(make_nano(), tmp_path / "full", "qera", scheme, compensation=rank)
     first = [report.blocks[0]["sqnr"] for report in (none, low, full)]
     for modality in ("vision", "audio"):
@@ -87,7 +88,9 @@ def test_full_rank_leaves_only_down(tmp_path: Path) -> None:
     """Full rank and float activations: vision and audio rows are exact in every corrected linear."""
     scheme = Scheme("w4", Scheme.preset("w4a8").weight, None, roles=("gate", "up"))
     nano = make_nano()
-    report = quantize(nano, tmp_path, "masquant", scheme, compensation=WhitenedLowRank(rank_ratio=1.0, damping=1e-9))
+    report = quantize(
+        nano, tmp_path, "masquant", scheme, compensation=WhitenedLowRank(rank_ratio=1.0, damping=1e-9, dtype="float32")
+    )
     # Attention stays float here, so the error of text cannot leak into the first block's other rows.
     assert report.blocks[0]["sqnr"]["text"] < 40
     assert report.blocks[0]["sqnr"]["vision"] > 80
@@ -219,7 +222,7 @@ def test_corrections_are_qera_of_each_modality(tmp_path: Path) -> None:
         tmp_path,
         "qera",
         smoothing=NoSmoothing(),
-        compensation=WhitenedLowRank(rank_ratio=None, rank=5, damping=1e-10),
+        compensation=WhitenedLowRank(rank_ratio=None, rank=5, damping=1e-10, dtype="float32"),
     )
     layer = block.linear(Role.GATE)
     error = weight - layer.codes_text.double() * layer.scale_text.double()
@@ -303,3 +306,15 @@ def test_empty_plan_folds_nothing(nano_model: Nano) -> None:  # noqa: F811
     before = state(nano_model)
     apply_folds(nano_model.adapter.blocks()[0], SmoothingPlan())
     assert same(before, state(nano_model))
+
+
+def test_corrections_are_stored_in_16_bits_whatever_the_model_is(tmp_path: Path) -> None:
+    outputs, bits = [], []
+    for dtype in ("bfloat16", "float32"):
+        nano = make_nano()
+        report = quantize(nano, tmp_path / dtype, "qera", compensation=WhitenedLowRank(rank_ratio=0.3, dtype=dtype))
+        assert nano.adapter.blocks()[0].linear(Role.QUERY).left_vision.dtype == getattr(torch, dtype)
+        outputs.append(report.blocks[0]["sqnr"]["vision"])
+        bits.append(footprint(nano.adapter.blocks()).adapters)
+    assert bits[1] == 2 * bits[0]
+    assert outputs[0] == pytest.approx(outputs[1], abs=0.2)
