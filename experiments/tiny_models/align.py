@@ -243,7 +243,7 @@ class Alignment:
         while self.step < options.steps:
             task = tasks[self.step % len(tasks)]
             # Constant after a short rise, then down to a tenth over the last third.
-            left = (options.steps - self.step) / options.steps
+            left = (options.steps - self.step) / (options.steps - first)
             scale = min(1.0, (self.step - first + 1) / 10) * min(1.0, max(0.1, left * 3))
             for group in self.optimizer.param_groups:
                 group["lr"] = group["peak"] * scale

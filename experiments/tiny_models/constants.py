@@ -142,8 +142,11 @@ RANK = 16
 ADAPTED_FROM = 6
 ORACLE_AUDIO_TOKENS = 12
 ORACLE_BATCH = 8
+# One counter of steps runs through the three stages; each number says where a stage ends.
 ORACLE_STEPS = 400
 ALIGN_BATCH = 12
 ALIGN_STEPS = 672
+JOINT_BATCH = 16
+JOINT_STEPS = 1020
 RATE_ADAPTER = 1.0e-3
 RATE_TOWER = 1.0e-4

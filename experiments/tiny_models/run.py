@@ -14,6 +14,7 @@ STAGES: list[tuple[str, list[str]]] = [
     ("warmup", ["audio", "--work", "{work}"]),
     ("align", ["--oracle", "both", "--work", "{work}", "--batch", "{oracle_batch}", "--steps", "{oracle}"]),
     ("align", ["--frozen", "--work", "{work}", "--threads", "{threads}"]),
+    ("align", ["--work", "{work}", "--threads", "{threads}", "--batch", "{joint_batch}", "--steps", "{joint}"]),
     ("export", ["--work", "{work}"]),
     ("evaluate", ["--original", "--threads", "{threads}"]),
 ]
@@ -33,6 +34,8 @@ def main() -> None:
         "threads": str(options.threads),
         "oracle": str(C.ORACLE_STEPS),
         "oracle_batch": str(C.ORACLE_BATCH),
+        "joint": str(C.JOINT_STEPS),
+        "joint_batch": str(C.JOINT_BATCH),
     }
     # Passive waiting and few returned pages: worth a factor of two on small shared machines, no effect on results.
     kept = "2000000000"
