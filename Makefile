@@ -18,12 +18,13 @@ DEMO_SCHEME := w4a6
 DEMO_METHODS := none rtn smoothquant mas masquant qera
 DEMO_ROOT := runs/demo
 RECORDS ?= $(wildcard results/records/smol_omni-tri-float-none.json $(foreach scheme,w4a8 w4a6,\
-	$(foreach method,$(DEMO_METHODS),results/records/smol_omni-tri-$(scheme)-$(method).json)))
+	$(foreach method,$(RESULTS_METHODS),results/records/smol_omni-tri-$(scheme)-$(method).json)))
 
-# The committed table: all evaluation samples; calibration and fidelity sized for two cores.
+# The committed table: the whole splits; SQNR, NLL and KL on 40 samples per task.
 RESULTS_ROOT := runs/results
 SHORT := digits,read,speech.wer,joint,prose,sqnr,nll,bits
-RESULTS_SIZES := calibration.samples_per_task=32 evaluation.fidelity_samples_per_task=40
+RESULTS_METHODS := none rtn smoothquant gptq mas masquant masquant_gauged qera
+RESULTS_SIZES := evaluation.fidelity_samples_per_task=40
 TEST_ARGS ?=
 TABLE_ARGS ?=
 
@@ -85,7 +86,7 @@ table: $(STAMP)  ## the table of the committed records, or of RECORDS="..."
 	@$(BIN)/masq table $(RECORDS) $(TABLE_ARGS)
 
 results: $(STAMP)  ## run the committed cells again and replace results/ (an hour and a half on two cores)
-	@$(BIN)/masq run -m scheme=w4a6,w4a8 method=$(subst $(space),$(comma),$(DEMO_METHODS)) $(RESULTS_SIZES) \
+	@$(BIN)/masq run -m scheme=w4a6,w4a8 method=$(subst $(space),$(comma),$(RESULTS_METHODS)) $(RESULTS_SIZES) \
 		output.root=$(RESULTS_ROOT)
 	@$(MAKE) --no-print-directory collect
 

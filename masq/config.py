@@ -63,6 +63,11 @@ class MethodConfig:
         """Whether the model stays as it was loaded."""
         return isinstance(self.rounding, NoRounding)
 
+    @property
+    def stores_weight_per_modality(self) -> bool:
+        """Whether every modality has a weight of its own: an upper bound, not deployable."""
+        return isinstance(self.rounding, NearestRounding) and self.rounding.per_modality
+
 
 @dataclass(frozen=True, slots=True)
 class OutputConfig:
@@ -240,7 +245,7 @@ def notes(config: RunConfig) -> list[str]:
     found = []
     if config.method.is_float and not config.scheme.is_float:
         found.append(f"method {config.method.name} keeps the float model: scheme {config.scheme.name} is ignored")
-    if isinstance(config.method.rounding, NearestRounding) and config.method.rounding.per_modality:
+    if config.method.stores_weight_per_modality:
         found.append(f"method {config.method.name} stores one weight per modality: an upper bound, not deployable")
     return found
 
@@ -257,7 +262,7 @@ def _check_method(method: MethodConfig) -> None:
                 remedy="set method.rounding=nearest, or both to none",
             )
         return
-    if not rounding.per_modality:
+    if not method.stores_weight_per_modality:
         return
     if smoothing not in _MODALITY_SMOOTHING:
         raise ConfigError(
@@ -281,6 +286,7 @@ def _check_formats(config: RunConfig) -> None:
             value=f"scheme={config.scheme.name}, method={config.method.name}",
             remedy="use method=none for the float model, or a scheme with integer weights",
         )
+    _check_rounding(config)
     smoothing = config.method.smoothing
     if smoothing.kind == "modality_learned" and not _roles_in(smoothing.groups, config.scheme.roles):
         raise ConfigError(
@@ -318,6 +324,18 @@ def check_sizes(config: RunConfig, architecture: Architecture) -> None:
 
 def _roles_in(groups: Sequence[GroupName], roles: Sequence[str]) -> list[str]:
     return [role for group in groups for role in GROUP_ROLES[group] if role in roles]
+
+
+def _check_rounding(config: RunConfig) -> None:
+    rounding, weight = config.method.rounding, config.scheme.weight
+    if rounding.kind != "gptq" or weight is None or not weight.group_size:
+        return
+    if rounding.act_order and not rounding.static_groups:
+        raise ConfigError(
+            "act_order visits columns out of their groups, so the scales of groups must be fixed before",
+            value=f"act_order=true with groups of {weight.group_size} and static_groups=false",
+            remedy="set method.rounding.static_groups=true",
+        )
 
 
 def _check_group_size(config: RunConfig, architecture: Architecture) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from masq.config import RunConfig, active_modalities, folder_name, notes
 from masq.models.architecture import architecture, count_parameters, input_sizes, linear_shapes
 from masq.models.config import Architecture
+from masq.numerics.scheme import GROUP_ROLES, GroupName
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Tasks of the embedded data that need the modality, and tokens of one sample: (embedded model, real model).
@@ -24,12 +25,6 @@ _PROCESS_BYTES = 700e6
 _FLOPS = {"cpu_core": 40e9, "accelerator": 60e12}
 # Simulated integer products and fake quantization cost about this many float products.
 _SIMULATION_COST = 3.0
-_ROLES_OF_GROUP = {
-    "qkv": ("query", "key", "value"),
-    "output": ("output",),
-    "gate_up": ("gate", "up"),
-    "down": ("down",),
-}
 
 
 @dataclass(frozen=True)
@@ -150,7 +145,7 @@ def _adapter_elements(config: RunConfig, shapes: dict[str, tuple[int, int]]) -> 
     if compensation.kind == "none":
         return 0
     for group in compensation.groups:
-        for role in _ROLES_OF_GROUP[group]:
+        for role in GROUP_ROLES[group]:
             if role in config.scheme.roles:
                 rank = compensation.rank
                 if rank is None:
@@ -166,12 +161,12 @@ def _stored_bits(config: RunConfig, sizes: Architecture, shapes: dict[str, tuple
         return 0
     others = len(_Workload.of(config).other_modalities)
     groups_smoothed = () if method.smoothing.kind == "none" else method.smoothing.groups
-    smoothed = {role for group in groups_smoothed for role in _ROLES_OF_GROUP[group]}
+    smoothed = {role for group in groups_smoothed for role in GROUP_ROLES[group]}
     bits = 0.0
     for role in config.scheme.roles:
         d_out, d_in = shapes[role]
         # Where the modalities share their factor, they share their weight too.
-        copies = 1 + others if method.rounding.per_modality and role in smoothed else 1
+        copies = 1 + others if method.stores_weight_per_modality and role in smoothed else 1
         groups = d_in // weight.group_size if weight.group_size else 1
         # Float32 scales, and float32 zero points where the format has them.
         bits += copies * d_out * (d_in * weight.bits + groups * (32 if weight.symmetric else 64))
@@ -186,10 +181,11 @@ def _smoothing_elements(config: RunConfig, shapes: dict[str, tuple[int, int]]) -
     if smoothing.kind == "none":
         return 0
     if smoothing.kind == "shared":
-        kept = [group for group in smoothing.groups if group == "down" or not smoothing.fold]
-        return sum(shapes[_ROLES_OF_GROUP[group][0]][1] for group in kept)
+        kept: tuple[GroupName, ...] = ("down",) if "down" in smoothing.groups else ()
+        kept = kept if smoothing.fold else smoothing.groups
+        return sum(shapes[GROUP_ROLES[group][0]][1] for group in kept)
     rows = 1 + len(_Workload.of(config).other_modalities)
-    return rows * sum(shapes[_ROLES_OF_GROUP[group][0]][1] for group in smoothing.groups)
+    return rows * sum(shapes[GROUP_ROLES[group][0]][1] for group in smoothing.groups)
 
 
 def _memory(

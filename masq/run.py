@@ -126,10 +126,10 @@ def _quantize(
     from masq.pipeline.assembly import Stages
     from masq.pipeline.loop import quantize
     from masq.pipeline.store import BlockStore
-    from masq.rounding.config import NearestRounding
+    from masq.rounding.config import NoRounding
 
     method = config.method
-    assert isinstance(method.rounding, NearestRounding)
+    assert not isinstance(method.rounding, NoRounding)
     stages = Stages(method.smoothing, method.rounding, method.compensation, config.scheme, config.seed)
     factors = Path(config.output.root) / "artifacts" / f"factors-{_factors_key(config, hashes)[:16]}"
     if method.smoothing.kind == "modality_learned":

@@ -72,8 +72,14 @@ def test_methods_are_what_the_papers_say() -> None:
         "smoothquant": ("shared", "nearest", "none"),
         "mas": ("modality_learned", "nearest", "none"),
         "masquant": ("modality_learned", "nearest", "whitened_low_rank"),
+        "masquant_gauged": ("modality_learned", "nearest", "whitened_low_rank"),
         "qera": ("shared", "nearest", "whitened_low_rank"),
+        "gptq": ("none", "gptq", "none"),
     }
+    gauges = {
+        name: decode(plain(f"method={name}")).method.compensation.gauge for name in ("masquant", "masquant_gauged")
+    }
+    assert gauges == {"masquant": "given", "masquant_gauged": "text"}
 
 
 def test_methods_differ_where_they_should() -> None:

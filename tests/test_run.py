@@ -53,6 +53,7 @@ METHODS = {
         "smoothing": {"kind": "modality_learned", "epochs": 1},
         "compensation": {"kind": "whitened_low_rank", "rank_ratio": 0.1},
     },
+    "gptq": {"rounding": {"kind": "gptq", "act_order": True}},
     "qera": {
         "smoothing": {"kind": "shared", "source": "text"},
         "compensation": {"kind": "whitened_low_rank", "rank_ratio": 0.1},
@@ -108,7 +109,7 @@ def test_every_method_end_to_end(splits: dict[str, Path], tmp_path: Path, method
     assert record.scores["read"]["exact_match"]["n"] == 3
     assert set(record.fidelity["sqnr"]) == {"text", "vision", "audio"}
     assert set(record.fidelity["kl"]) == {"text", "vision", "audio", "joint"}
-    folder = next(tmp_path.glob("nano_omni-tri-w4a6-*"))
+    folder = next(tmp_path.glob(f"nano_omni-tri-{'float' if method == 'none' else 'w4a6'}-*"))
     assert {"config.yaml", "log", "record.json"} <= {path.name for path in folder.iterdir()}
     assert comparable(read_record(folder)) == comparable(record)
     assert str(tmp_path) not in (folder / "record.json").read_text()

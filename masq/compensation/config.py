@@ -30,6 +30,9 @@ class WhitenedLowRank:
         whiten: False fits the plain weight error (ordinary SVD), as an ablation.
         activations: which chain's activations are behind C_m.
         groups: the groups of linears that are corrected.
+        gauge: the scale of each modality's smoothing factor, which the activations' per-token scales hide but the
+            weight error W s_m - Q(W s_text) does not: ``given`` keeps what smoothing found (the paper), ``text``
+            gives it the geometric mean of text's factor.
         dtype: in which the factors are stored, whatever the model's own is; they are multiplied in the model's.
     """
 
@@ -40,6 +43,7 @@ class WhitenedLowRank:
     whiten: bool = True
     activations: Literal["quantized", "float"] = "quantized"
     groups: tuple[GroupName, ...] = ("qkv", "output", "gate_up")
+    gauge: Literal["given", "text"] = "given"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:

@@ -13,6 +13,9 @@ from masq.errors import NumericalError
 FLOAT_CHUNK = 1024
 # K * 128 * 128 <= 2^31 - 1: the int32 result cannot overflow.
 MAX_INNER = (2**31 - 1) // 2**14
+# With one inner channel torch._int_mm leaves its result uninitialised (seen with torch 2.14.1 on a CPU with VNNI and no
+# AMX); so short products are no faster there anyway.
+_MIN_INNER = 8
 # Shape rules of torch._int_mm on CUDA.
 _CUDA_MULTIPLE = 8
 _CUDA_MIN_ROWS = 32
@@ -38,7 +41,7 @@ def integer_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             overflow).
     """
     _check(a, b)
-    if has_exact_int_mm(a.device.type):
+    if a.shape[1] >= _MIN_INNER and has_exact_int_mm(a.device.type):
         return _int_mm_padded(a, b) if a.is_cuda else _int_mm(a, b)
     return float_matmul(a, b)
 

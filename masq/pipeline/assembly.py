@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,7 +12,8 @@ from masq.errors import NumericalError
 from masq.models.base import GROUPS, Modality, Role
 from masq.modules.quant_linear import QuantLinear
 from masq.numerics.linalg import Whitener, whitener
-from masq.rounding.nearest import round_nearest
+from masq.rounding.stages import ROUNDING, Rounded, pooled_moment
+from masq.transforms.smoothing import match_scale
 from masq.transforms.stages import apply_folds
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from masq.modules.modality import ModalityContext
     from masq.numerics.affine import QuantizedTensor
     from masq.numerics.scheme import Scheme
-    from masq.rounding.config import NearestRounding
+    from masq.rounding.config import GptqRounding, NearestRounding
     from masq.transforms.config import LearnedModalitySmoothing, ModalitySmoothing, NoSmoothing, SharedSmoothing
     from masq.transforms.stages import SmoothingPlan
 
@@ -34,7 +35,7 @@ class Stages:
     """A method: one configuration per slot, the number formats and the seed of every random stream."""
 
     smoothing: NoSmoothing | SharedSmoothing | ModalitySmoothing | LearnedModalitySmoothing
-    rounding: NearestRounding
+    rounding: NearestRounding | GptqRounding
     compensation: NoCompensation | WhitenedLowRank
     scheme: Scheme
     seed: int = 0
@@ -43,6 +44,13 @@ class Stages:
     def compensated_groups(self) -> tuple[str, ...]:
         """Groups that get low-rank corrections, and so need second moments."""
         return () if self.compensation.kind == "none" else tuple(self.compensation.groups)
+
+    @property
+    def second_moment_groups(self) -> tuple[str, ...]:
+        """Groups whose second moments a stage asks for: to correct them, or to round against them."""
+        if self.rounding.kind == "nearest":
+            return self.compensated_groups
+        return tuple(group for group, roles in GROUPS.items() if set(roles) & set(self.scheme.roles))
 
     @property
     def uses_float_chain(self) -> bool:
@@ -58,28 +66,31 @@ def quantize_block(
     statistics: Mapping[str, GroupStatistics],
     stages: Stages,
     context: ModalityContext,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Replace the linears of a block by quantized ones.
 
     Args:
         block: float block; norms and the value linear may be folded in place.
         name: block name for errors.
         plan: smoothing factors.
-        statistics: by group, second moments where corrections are wanted.
+        statistics: by group, second moments where a stage asks for them.
         stages: the method.
         context: token modalities for the new linears.
 
     Returns:
-        Share of the whitened weight error that corrections capture, mean over linears, by modality.
+        JSON: ``captured``, the share of the whitened weight error that corrections capture, mean over linears, by
+        modality; for a stage that rounds against the input also ``rounding_gain``, the mean ratio of its error to that
+        of rounding to nearest, and ``rounding_fallbacks``, by role, why some linears were rounded to nearest.
 
     Raises:
         NumericalError: a weight, factor or correction is not finite; the message names the linear.
     """
     apply_folds(block, plan)
     captured: dict[str, list[float]] = {}
+    rounded: dict[str, Rounded] = {}
     for group, roles in GROUPS.items():
-        factors = plan.factors.get(group, {})
-        roots = _whiteners(statistics[group], factors, stages) if group in stages.compensated_groups else {}
+        factors = _scaled_factors(plan.factors.get(group, {}), stages)
+        roots, moment = _norms_of_input(group, statistics, factors, stages)
         for role in map(Role, roles):
             linear = block.linear(role)
             assert isinstance(linear, torch.nn.Linear)
@@ -87,11 +98,37 @@ def quantize_block(
                 if group in plan.folded:
                     linear.weight.mul_(factors[Modality.TEXT].to(linear.weight))
                 continue
-            layer = _quantize_linear(linear, f"{name}.{role}", factors, group in plan.folded, roots, stages, context)
-            block.set_linear(role, layer[0])
-            for modality, share in layer[1].items():
+            made = _Linear(linear, f"{name}.{role}", factors, group in plan.folded)
+            layer, shares, rounded[role] = _quantize_linear(made, moment, roots, stages, context)
+            block.set_linear(role, layer)
+            for modality, share in shares.items():
                 captured.setdefault(modality.name.lower(), []).append(share)
-    return {modality: sum(shares) / len(shares) for modality, shares in captured.items()}
+    note: dict[str, Any] = {"captured": {key: sum(shares) / len(shares) for key, shares in captured.items()}}
+    if stages.rounding.kind != "nearest":
+        note["rounding_gain"] = sum(one.gain for one in rounded.values()) / len(rounded)
+        note["rounding_fallbacks"] = {role: one.fallback for role, one in rounded.items() if one.fallback}
+    return note
+
+
+def _scaled_factors(factors: Mapping[Modality, torch.Tensor], stages: Stages) -> Mapping[Modality, torch.Tensor]:
+    """Factors of a group in the gauge that the compensation asks for."""
+    if stages.compensation.kind != "none" and stages.compensation.gauge == "text":
+        return match_scale(factors)
+    return factors
+
+
+def _norms_of_input(
+    group: str,
+    statistics: Mapping[str, GroupStatistics],
+    factors: Mapping[Modality, torch.Tensor],
+    stages: Stages,
+) -> tuple[dict[Modality, Whitener], torch.Tensor | None]:
+    """What the smoothed input of a group looks like: to corrections by modality, and to rounding as a whole."""
+    roots = _whiteners(statistics[group], factors, stages) if group in stages.compensated_groups else {}
+    moment = None
+    if stages.rounding.kind == "gptq" and group in stages.second_moment_groups:
+        moment = pooled_moment(statistics[group], factors, stages.rounding.tokens)
+    return roots, moment
 
 
 def _whiteners(
@@ -115,22 +152,34 @@ def _factor(
     return torch.ones(size, dtype=torch.float64, device=device) if factor is None else factor.double()
 
 
+@dataclass(frozen=True)
+class _Linear:
+    """A float linear on its way: module, name for errors, factors s_m of its input, and whether they are folded."""
+
+    module: torch.nn.Linear
+    name: str
+    factors: Mapping[Modality, torch.Tensor]
+    folded: bool
+
+
 def _quantize_linear(
-    linear: torch.nn.Linear,
-    name: str,
-    factors: Mapping[Modality, torch.Tensor],
-    folded: bool,
+    made: _Linear,
+    moment: torch.Tensor | None,
     roots: Mapping[Modality, Whitener],
     stages: Stages,
     context: ModalityContext,
-) -> tuple[QuantLinear, dict[Modality, float]]:
+) -> tuple[QuantLinear, dict[Modality, float], Rounded]:
+    """The quantized linear, the captured shares of its corrections, and how the weight of text was rounded."""
+    linear, name, factors, folded = made.module, made.name, made.factors, made.folded
     weight_oi = linear.weight.detach().double()
     _require_finite(weight_oi, name, "weight")
     assert stages.scheme.weight is not None
     present = tuple(factors) or (Modality.TEXT,)
     smoothed = {m: weight_oi * _factor(factors, m, linear.in_features, weight_oi.device) for m in (*present, *roots)}
-    stored = present if stages.rounding.per_modality else (Modality.TEXT,)
-    weights = {m: round_nearest(smoothed[m], stages.scheme.weight) for m in stored}
+    stored = present if stages.rounding.kind == "nearest" and stages.rounding.per_modality else (Modality.TEXT,)
+    stage = ROUNDING.get(stages.rounding.kind)
+    rounded = {m: stage(smoothed[m], stages.scheme.weight, stages.rounding, moment) for m in stored}
+    weights = {m: one.weight for m, one in rounded.items()}
     corrections, shares = _corrections(smoothed, weights[Modality.TEXT], roots, stages)
     for left, right in corrections.values():
         _require_finite(left, name, "correction")
@@ -144,7 +193,7 @@ def _quantize_linear(
         corrections=corrections,
         dtype=linear.weight.dtype,
     )
-    return layer, shares
+    return layer, shares, rounded[Modality.TEXT]
 
 
 def _corrections(

@@ -128,6 +128,7 @@ def _learn(
     walk_needed = not store.has_all(len(adapter_blocks))
     clock = BlockClock("learn smoothing", len(adapter_blocks))
     floats, quantized, plans = hidden, hidden, []
+    shown = _one_of_each_mix(replay)
     for index, block in enumerate(adapter_blocks):
         name = f"block {index}"
         targets = _outputs(block, name, floats, replay, context) if walk_needed else []
@@ -151,8 +152,12 @@ def _learn(
             quantized = outputs or run_fake_quantized(block, name, logs, quantized, replay, stages.scheme)
             floats = targets
             losses = f"loss {stored[1]['initial_loss']:.4f} -> {stored[1]['final_loss']:.4f}"
-            clock.tick(f"{losses} | {_sqnr_text(_mean_sqnr(targets, quantized, replay))}")
+            clock.tick(f"{losses} | {_sqnr_text(_mean_sqnr(*_picked(shown, targets, quantized, replay)))}")
     return plans
+
+
+def _picked(indices: Sequence[int], *lists: Sequence[Any]) -> list[list[Any]]:
+    return [[one[index] for index in indices] for one in lists]
 
 
 def _learn_one(block: BlockAdapter, name: str, data: BlockData, stages: Stages) -> LearnedFactors:
@@ -175,14 +180,16 @@ def _quantize(
 ) -> None:
     """Second walk: statistics on the quantized chain, plan, round, correct, replace, advance.
 
-    Unless a stage asks for it, the float chain is only the yardstick of the progress lines: one batch of every mix of
-    modalities is enough.
+    A chain that no stage learns from is only the yardstick of the progress lines: one batch of every mix of modalities
+    is enough.
     """
     adapter_blocks = adapter.blocks()
     clock = BlockClock("quantize", len(adapter_blocks))
+    if not _needs_statistics(stages, learned):
+        hidden, replay = _picked(_one_of_each_mix(replay), hidden, replay)
     watched = list(range(len(replay))) if stages.uses_float_chain else _one_of_each_mix(replay)
-    seen = [replay[index] for index in watched]
-    floats, quantized = [hidden[index] for index in watched], hidden
+    seen, floats = _picked(watched, replay, hidden)
+    quantized = hidden
     for index, block in enumerate(adapter_blocks):
         name = f"block {index}"
         targets = _outputs(block, name, floats, seen, context)
@@ -190,7 +197,7 @@ def _quantize(
         if stored is None:
             plan = learned[index] if learned else None
             with numerical_errors_of(name):
-                note = {"captured": _quantize_one(block, name, (floats, quantized), replay, stages, context, plan)}
+                note = _quantize_one(block, name, (floats, quantized), replay, stages, context, plan)
         else:
             restore_block(block, stored[0], stages.scheme, context, quantized[0].dtype)
             note = stored[1]
@@ -200,7 +207,14 @@ def _quantize(
             store.save(index, block_tensors(block), note)
         floats = targets
         _merge(report.blocks, index, {"sqnr": sqnr, **note})
+        for role, reason in note.get("rounding_fallbacks", {}).items():
+            report.warnings.append(f"{name}.{role} was rounded to nearest: {reason}")
         clock.tick(_sqnr_text(sqnr))
+
+
+def _needs_statistics(stages: Stages, learned: list[SmoothingPlan] | None) -> bool:
+    fits_smoothing = learned is None and stages.smoothing.kind != "none"
+    return fits_smoothing or bool(stages.second_moment_groups)
 
 
 def _one_of_each_mix(replay: Sequence[ReplayBatch]) -> list[int]:
@@ -219,11 +233,11 @@ def _quantize_one(
     stages: Stages,
     context: ModalityContext,
     plan: SmoothingPlan | None,
-) -> dict[str, float]:
-    """Fit and apply every stage on one block; returns the captured shares of its corrections."""
+) -> dict[str, Any]:
+    """Fit and apply every stage on one block; returns the note of ``quantize_block``."""
     floats, quantized = chains
     smoothed = () if plan is not None or stages.smoothing.kind == "none" else stages.smoothing.groups
-    moments = stages.compensated_groups
+    moments = stages.second_moment_groups
     on_floats = stages.uses_float_chain
     statistics = collect(block, quantized, replay, groups=smoothed, second_moment=() if on_floats else moments)
     if plan is None:

@@ -59,4 +59,4 @@ class GptqRounding:
             raise ConfigError("block_size must be positive", value=self.block_size)
 
 
-Rounding = NoRounding | NearestRounding
+Rounding = NoRounding | NearestRounding | GptqRounding

@@ -11,7 +11,7 @@ import hashlib
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -58,19 +58,68 @@ class LearnedFactors:
     outputs: list[torch.Tensor]
 
 
+class _Permute(torch.autograd.Function):
+    """Rows in another order; the gradient goes back by the inverse order, which is a plain gather."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad_outputs[0].index_select(0, inverse), None, None
+
+
 class _Rows:
-    """Row indices by modality of the current batch, shared by the fake-quantized linears of a block."""
+    """Rows of the current batch by modality, shared by the fake-quantized linears of a block."""
 
     def __init__(self) -> None:
-        self.by_modality: dict[Modality, torch.Tensor] = {}
-        self.restore = torch.empty(0, dtype=torch.long)
+        self.sizes: dict[Modality, int] = {}
+        self.num_calls = 0
+        self.order = self.restore = torch.empty(0, dtype=torch.long)
 
     def set(self, modality: torch.Tensor) -> None:
         """Index int8 [B, T]; padding rows ride with a modality that is there, and never reach the loss."""
+        self.num_calls += 1
         flat = modality.reshape(-1)
         flat = torch.where(flat < 0, flat[flat >= 0].min(), flat)
-        self.by_modality = {Modality(int(m)): (flat == m).nonzero().squeeze(1) for m in flat.unique()}
-        self.restore = torch.argsort(torch.cat(list(self.by_modality.values())))
+        numbers, counts = flat.unique(return_counts=True)
+        self.sizes = {Modality(m): n for m, n in zip(numbers.tolist(), counts.tolist(), strict=True)}
+        self.order = torch.argsort(flat, stable=True)
+        self.restore = torch.argsort(self.order)
+
+    def split(self, flat: torch.Tensor) -> dict[Modality, torch.Tensor]:
+        """Rows [N, d] by modality."""
+        if len(self.sizes) == 1:
+            return {next(iter(self.sizes)): flat}
+        parts = _Permute.apply(flat, self.order, self.restore).split(list(self.sizes.values()))  # type: ignore[union-attr]
+        return dict(zip(self.sizes, parts, strict=True))
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Undo ``split``."""
+        if len(parts) == 1:
+            return parts[0]
+        return _Permute.apply(torch.cat(list(parts)), self.restore, self.order)  # type: ignore[return-value]
+
+
+class _SharedInput:
+    """The smoothed, fake-quantized input of a group, made by its first linear and read by the others."""
+
+    def __init__(self, log_factors: Mapping[Modality, torch.Tensor], rows: _Rows, fmt: TensorFormat | None) -> None:
+        self.log_factors, self.rows, self.format = log_factors, rows, fmt
+        self._source: tuple[torch.Tensor | None, int] = (None, 0)
+        self._parts: dict[Modality, torch.Tensor] = {}
+
+    def parts(self, x: torch.Tensor) -> dict[Modality, torch.Tensor]:
+        """Rows ``fq(x / s_m)`` [n, d_in] by modality of ``x`` [B, T, d_in]."""
+        if x is not self._source[0] or self.rows.num_calls != self._source[1]:
+            flat = x.reshape(-1, x.shape[-1]).float()
+            smoothed = {m: rows * torch.exp(-self.log_factors[m]) for m, rows in self.rows.split(flat).items()}
+            self._source = (x, self.rows.num_calls)
+            self._parts = {m: _fake(rows, self.format) for m, rows in smoothed.items()}
+        return self._parts
 
 
 class _FakeQuantLinear(nn.Module):
@@ -79,38 +128,44 @@ class _FakeQuantLinear(nn.Module):
     def __init__(
         self,
         linear: nn.Linear,
-        log_factors: Mapping[Modality, torch.Tensor] | None,
-        rows: _Rows,
+        source: _SharedInput | None,
         weight: TensorFormat | None,
         activation: TensorFormat | None,
     ) -> None:
         super().__init__()
         self.weight = linear.weight.detach().float()
         self.bias = None if linear.bias is None else linear.bias.detach().float()
-        self.log_factors = log_factors
-        self.rows = rows
+        self.source = source
         self.weight_format = weight
         self.activation = activation
         # Without smoothing the rounded weight never changes.
-        self.static = _fake(self.weight, weight) if log_factors is None else None
+        self.static = _fake(self.weight, weight) if source is None else None
+        self._rounded: dict[Modality, tuple[int, torch.Tensor]] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, d_in] -> [B, T, d_out] in the dtype of ``x``."""
-        flat = x.reshape(-1, x.shape[-1]).float()
-        if self.static is not None:
+        if self.source is None:
+            assert self.static is not None
+            flat = x.reshape(-1, x.shape[-1]).float()
             y = functional.linear(_fake(flat, self.activation), self.static)
         else:
-            y = torch.cat([self._part(flat, m, rows) for m, rows in self.rows.by_modality.items()])[self.rows.restore]
+            parts = self.source.parts(x)
+            y = self.source.rows.join([functional.linear(rows, self._smoothed(m)) for m, rows in parts.items()])
         if self.bias is not None:
             y = y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
-    def _part(self, flat: torch.Tensor, modality: Modality, rows: torch.Tensor) -> torch.Tensor:
-        assert self.log_factors is not None
-        log_factor = self.log_factors[modality]
-        smoothed = flat[rows] * torch.exp(-log_factor)
-        weight = _fake(self.weight * torch.exp(log_factor), self.weight_format)
-        return functional.linear(_fake(smoothed, self.activation), weight)
+    def _smoothed(self, modality: Modality) -> torch.Tensor:
+        """fq(W s_m); without gradients it is kept until log s_m changes."""
+        assert self.source is not None
+        log_factor = self.source.log_factors[modality]
+        version, kept = self._rounded.get(modality, (-1, self.weight))
+        if version == log_factor._version and not torch.is_grad_enabled():
+            return kept
+        rounded = _fake(self.weight * torch.exp(log_factor), self.weight_format)
+        if not torch.is_grad_enabled():
+            self._rounded[modality] = (log_factor._version, rounded)
+        return rounded
 
 
 def _fake(x: torch.Tensor, fmt: TensorFormat | None) -> torch.Tensor:
@@ -134,11 +189,12 @@ def fake_quantized(
     rows = _Rows()
     originals = {Role(role): block.linear(Role(role)) for role in scheme.roles}
     group_of = {Role(role): group for group, roles in GROUPS.items() for role in roles}
+    sources = {group: _SharedInput(logs, rows, scheme.activation) for group, logs in log_factors.items()}
     try:
         for role, linear in originals.items():
             assert isinstance(linear, nn.Linear)
-            log = log_factors.get(group_of[role])
-            block.set_linear(role, _FakeQuantLinear(linear, log, rows, scheme.weight, scheme.activation))
+            source = sources.get(group_of[role])
+            block.set_linear(role, _FakeQuantLinear(linear, source, scheme.weight, scheme.activation))
         yield rows
     finally:
         for role, linear in originals.items():

@@ -14,7 +14,7 @@ from masq.errors import ConfigError, ModelError, NumericalError
 from masq.models.base import Modality
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
@@ -116,6 +116,29 @@ def modality_factors(
     """
     abs_max_w = weight_abs_max(weights)
     return {which: smoothing_factor(abs_max_x, abs_max_w, alpha) for which, abs_max_x in stats.abs_max.items()}
+
+
+def match_scale(factors: Mapping[Modality, torch.Tensor]) -> dict[Modality, torch.Tensor]:
+    """Multiply each modality's factor by a constant so that its geometric mean is that of text's factor.
+
+    A constant cancels in per-token quantized activations, so modality-aware smoothing leaves it open; a correction of
+    one shared weight does not: it would have to spend its rank on the difference.
+
+    Args:
+        factors: s_m float32 [D] by modality, text among them (or none at all).
+
+    Returns:
+        The same keys; text's factor is untouched.
+    """
+    if not factors:
+        return {}
+    text = factors[Modality.TEXT].double().log().mean()
+    return {
+        modality: factor
+        if modality is Modality.TEXT
+        else (factor.double() * (text - factor.double().log().mean()).exp()).float()
+        for modality, factor in factors.items()
+    }
 
 
 def tie_to_kv_heads(factor: torch.Tensor, num_heads: int, num_kv_heads: int) -> torch.Tensor:

@@ -13,11 +13,12 @@ from masq.errors import DataError, NumericalError
 from masq.models.base import GROUPS, Modality, Role
 from masq.modules.footprint import footprint
 from masq.modules.quant_linear import QuantLinear
-from masq.numerics.scheme import Scheme
+from masq.numerics.scheme import Scheme, TensorFormat
 from masq.numerics.sqnr import token_sqnr
 from masq.pipeline import loop
 from masq.pipeline.store import ALL_ROLES, BlockStore, block_tensors
-from masq.transforms.config import LearnedModalitySmoothing, NoSmoothing, SharedSmoothing
+from masq.rounding.config import GptqRounding
+from masq.transforms.config import LearnedModalitySmoothing, ModalitySmoothing, NoSmoothing, SharedSmoothing
 from masq.transforms.stages import SmoothingPlan, apply_folds, fit_shared
 from tests.nano_fixtures import METHODS, Nano, make_nano, nano_model, stages  # noqa: F401
 
@@ -318,3 +319,40 @@ def test_corrections_are_stored_in_16_bits_whatever_the_model_is(tmp_path: Path)
         bits.append(footprint(nano.adapter.blocks()).adapters)
     assert bits[1] == 2 * bits[0]
     assert outputs[0] == pytest.approx(outputs[1], abs=0.2)
+
+
+def test_gptq_lowers_its_error_and_the_chain_s(tmp_path: Path) -> None:
+    """At 3-bit weights alone, on calibration tokens: less error in every block than rounding to nearest."""
+    scheme = Scheme("w3", TensorFormat(3), None)
+    nearest = quantize(make_nano(num_samples=6), tmp_path / "rtn", "rtn", scheme)
+    rounded = quantize(make_nano(num_samples=6), tmp_path / "gptq", "rtn", scheme, rounding=GptqRounding())
+    for plain, better in zip(nearest.blocks, rounded.blocks, strict=True):
+        assert better["rounding_gain"] < 1
+        assert better["rounding_fallbacks"] == {}
+        assert sum(better["sqnr"].values()) > sum(plain["sqnr"].values())
+    assert rounded.warnings == []
+
+
+def test_gptq_combines_with_smoothing_and_corrections(tmp_path: Path) -> None:
+    """The Hessian is that of the smoothed rows, so corrections have less left to do and every slot still acts."""
+    nano = make_nano(num_samples=6)
+    report = quantize(nano, tmp_path, "masquant", rounding=GptqRounding(tokens="text"))
+    layer = nano.adapter.blocks()[0].linear(Role.QUERY)
+    assert layer.correction_modalities == (Modality.VISION, Modality.AUDIO)
+    assert all(set(block) >= {"captured", "rounding_gain", "initial_loss"} for block in report.blocks)
+
+
+def test_the_gauge_of_corrections_spares_their_rank(tmp_path: Path) -> None:
+    """Learned factors of wildly different scale: brought to text's, the weight error to correct shrinks."""
+    shares = {}
+    for gauge in ("given", "text"):
+        config = WhitenedLowRank(rank_ratio=0.1, gauge=gauge)
+        quantize(make_nano(), tmp_path / gauge, "masquant", compensation=config, smoothing=ModalitySmoothing())
+        shares[gauge] = BlockStore(tmp_path / gauge / "blocks").load(0)
+    assert shares["given"] is not None and shares["text"] is not None
+    same_codes = [torch.equal(shares["given"][0][k], shares["text"][0][k]) for k in shares["text"][0] if "codes" in k]
+    assert all(same_codes), "the stored weight is that of text in either gauge"
+    table = [s[0]["query.inverse_smoothing"] for s in shares.values()]
+    ratio = table[1] / table[0]
+    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-5, atol=0)
+    assert torch.equal(table[0][0], table[1][0])

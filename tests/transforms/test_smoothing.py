@@ -14,6 +14,7 @@ from masq.transforms.smoothing import (
     fold_into_norm,
     fold_into_value,
     foldable_factor,
+    match_scale,
     modality_factors,
     shared_factor,
     smoothing_factor,
@@ -217,3 +218,14 @@ def test_fold_keeps_the_dtype_and_the_parameter_object() -> None:
     assert norm.weight is parameter
     assert norm.weight.dtype == torch.bfloat16
     assert norm.weight.tolist() == [0.25] * 6
+
+
+def test_matched_scales_differ_by_one_constant_and_have_the_geometric_mean_of_text() -> None:
+    factors = {m: positive(9, seed=int(m)).float() * 4.0**m for m in (Modality.TEXT, Modality.VISION, Modality.AUDIO)}
+    matched = match_scale(factors)
+    assert torch.equal(matched[Modality.TEXT], factors[Modality.TEXT])
+    for which in (Modality.VISION, Modality.AUDIO):
+        ratio = matched[which] / factors[which]
+        torch.testing.assert_close(ratio, ratio[:1].expand(9), rtol=1e-6, atol=0)
+        torch.testing.assert_close(matched[which].log().mean(), factors[Modality.TEXT].log().mean())
+    assert match_scale({}) == {}

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import torch
+
+from masq.calibration.statistics import GroupStatistics
+from masq.models.base import Modality
+from masq.numerics.affine import quantize
+from masq.numerics.scheme import TensorFormat
+from masq.rounding.config import GptqRounding, NearestRounding
+from masq.rounding.stages import ROUNDING, pooled_moment
+
+
+def test_pooled_moment_counts_every_token_once() -> None:
+    rows = {Modality.TEXT: torch.randn(5, 4).double(), Modality.VISION: torch.randn(20, 4).double()}
+    statistics = GroupStatistics(
+        second_moment={m: x.t() @ x / len(x) for m, x in rows.items()}, num_tokens={m: len(x) for m, x in rows.items()}
+    )
+    factors = {Modality.TEXT: torch.rand(4) + 0.5, Modality.VISION: torch.rand(4) + 0.5}
+    smoothed = torch.cat([x / factors[m].double() for m, x in rows.items()])
+    torch.testing.assert_close(pooled_moment(statistics, factors, "all"), smoothed.t() @ smoothed / 25)
+    plain = torch.cat(list(rows.values()))
+    torch.testing.assert_close(pooled_moment(statistics, {}, "all"), plain.t() @ plain / 25)
+    torch.testing.assert_close(pooled_moment(statistics, {}, "text"), statistics.second_moment[Modality.TEXT])
+    assert pooled_moment(GroupStatistics(), {}, "all") is None
+
+
+def test_every_stage_returns_codes_of_the_format() -> None:
+    weight, fmt = torch.randn(5, 12, generator=torch.Generator().manual_seed(0)).double(), TensorFormat(4)
+    configs = {"nearest": NearestRounding(), "gptq": GptqRounding()}
+    assert set(configs) == set(ROUNDING.names())
+    for name, config in configs.items():
+        rounded = ROUNDING.get(name)(weight, fmt, config, torch.eye(12, dtype=torch.float64))
+        assert torch.equal(rounded.weight.codes, quantize(weight, fmt).codes)
+        assert rounded.fallback is None
+
+
+def test_gptq_without_a_token_to_look_at_is_a_typed_result() -> None:
+    weight, fmt = torch.randn(5, 12).double(), TensorFormat(4)
+    rounded = ROUNDING.get("gptq")(weight, fmt, GptqRounding(tokens="text"), None)
+    assert rounded.fallback == "no calibration token to round against"
+    assert torch.equal(rounded.weight.codes, quantize(weight, fmt).codes)
