@@ -24,7 +24,7 @@ RECORDS ?= $(wildcard results/records/smol_omni-tri-float-none.json $(foreach sc
 # on 40 samples per task.
 RESULTS_ROOT := runs/results
 SHORT := digits,read,speech.wer,joint,prose,sqnr,nll,bits
-RESULTS_METHODS := none rtn smoothquant mas masquant masquant_gauged qera gptq
+RESULTS_METHODS := none rtn smoothquant mas masquant masquant_gauged qera
 RESULTS_SIZES := calibration.samples_per_task=32 evaluation.fidelity_samples_per_task=40 evaluation.batch_size=40
 TEST_ARGS ?=
 TABLE_ARGS ?=

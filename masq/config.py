@@ -20,6 +20,7 @@ from masq.evaluation.config import EvaluationConfig
 from masq.files import canonical_hash
 from masq.models.architecture import input_sizes, linear_shapes
 from masq.models.config import Architecture, ModelConfig
+from masq.numerics.paley import factor
 from masq.numerics.scheme import GROUP_ROLES, GroupName, Scheme
 from masq.rounding.config import NearestRounding, NoRounding, Rounding
 from masq.transforms.config import NoRotation, NoSmoothing, Rotation, Smoothing
@@ -255,11 +256,13 @@ def _check_method(method: MethodConfig) -> None:
     if not name:
         raise ConfigError("method.name must not be empty", value="''")
     if isinstance(rounding, NoRounding):
-        if smoothing != "none" or method.compensation.kind != "none":
+        others = {"rotation": method.rotation, "smoothing": method.smoothing, "compensation": method.compensation}
+        busy = [f"{slot}={stage.kind}" for slot, stage in others.items() if stage.kind != "none"]
+        if busy:
             raise ConfigError(
-                f"method {name} rounds nothing, so it can neither smooth nor compensate",
-                value=f"smoothing={smoothing}, compensation={method.compensation.kind}",
-                remedy="set method.rounding=nearest, or both to none",
+                f"method {name} rounds nothing, so it can neither rotate nor smooth nor compensate",
+                value=", ".join(busy),
+                remedy="set method.rounding=nearest, or the others to none",
             )
         return
     if not method.stores_weight_per_modality:
@@ -307,6 +310,7 @@ def check_sizes(config: RunConfig, architecture: Architecture) -> None:
     if config.method.is_float:
         return
     _check_group_size(config, architecture)
+    _check_rotation(config.method.rotation, architecture)
     compensation = config.method.compensation
     if compensation.kind == "none" or not compensation.rank:
         return
@@ -320,6 +324,23 @@ def check_sizes(config: RunConfig, architecture: Architecture) -> None:
             value=f"method.compensation.rank={compensation.rank}",
             remedy="lower it, leave the group out, or set rank_ratio and rank=null",
         )
+
+
+def _check_rotation(rotation: Rotation, architecture: Architecture) -> None:
+    if rotation.kind == "none":
+        return
+    head_dim = architecture.head_dim or architecture.hidden_size // architecture.num_heads
+    sizes = {
+        "residual": architecture.hidden_size if rotation.residual else 1,
+        "heads": head_dim if rotation.heads else 1,
+        "down": architecture.intermediate_size if rotation.down else 1,
+    }
+    for name, size in sizes.items():
+        try:
+            factor(size)
+        except ConfigError as error:
+            remedy = f"set method.rotation.{name}=false"
+            raise ConfigError(f"method.rotation.{name}: {error.rule}", value=error.value, remedy=remedy) from None
 
 
 def _roles_in(groups: Sequence[GroupName], roles: Sequence[str]) -> list[str]:

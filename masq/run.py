@@ -130,7 +130,7 @@ def _quantize(
 
     method = config.method
     assert not isinstance(method.rounding, NoRounding)
-    stages = Stages(method.smoothing, method.rounding, method.compensation, config.scheme, config.seed)
+    stages = Stages(method.smoothing, method.rounding, method.compensation, config.scheme, config.seed, method.rotation)
     factors = Path(config.output.root) / "artifacts" / f"factors-{_factors_key(config, hashes)[:16]}"
     if method.smoothing.kind == "modality_learned":
         _note_learning(record, factors, BlockStore(factors).has_all(len(adapter.blocks())))
@@ -237,6 +237,7 @@ def _factors_key(config: RunConfig, hashes: dict[str, str]) -> str:
             "weights": hashes["model"],
             "modalities": active_modalities(config),
             "scheme": plain["scheme"],
+            "rotation": plain["method"]["rotation"],
             "smoothing": plain["method"]["smoothing"],
             "batch_size": config.calibration.batch_size,
             "seed": config.seed,

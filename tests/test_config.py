@@ -75,7 +75,11 @@ def test_methods_are_what_the_papers_say() -> None:
         "masquant_gauged": ("modality_learned", "nearest", "whitened_low_rank"),
         "qera": ("shared", "nearest", "whitened_low_rank"),
         "gptq": ("none", "gptq", "none"),
+        "quarot": ("none", "nearest", "none"),
+        "quarot_gptq": ("none", "gptq", "none"),
     }
+    rotated = {name for name in names("method") if decode(plain(f"method={name}")).method.rotation.kind == "hadamard"}
+    assert rotated == {"quarot", "quarot_gptq"}
     gauges = {
         name: decode(plain(f"method={name}")).method.compensation.gauge for name in ("masquant", "masquant_gauged")
     }
@@ -265,6 +269,16 @@ def test_a_rank_is_checked_against_the_smallest_corrected_linear() -> None:
     with pytest.raises(ConfigError, match=r"192 for key of smol_omni.*rank=193"):
         decode(plain(*overrides))
     assert decode(plain(*overrides, "++method.compensation.groups=[gate_up]")).method.compensation.rank == 193
+
+
+def test_a_size_without_a_hadamard_matrix_is_refused_with_the_part_to_leave_out() -> None:
+    with pytest.raises(ConfigError, match=r"rotation\.down.*got: 1537.*rotation\.down=false"):
+        decode(plain("method=quarot", "++model.architecture.intermediate_size=1537"))
+
+
+def test_the_float_model_is_not_rotated() -> None:
+    with pytest.raises(ConfigError, match="neither rotate nor smooth"):
+        decode(plain("method=none", "rotation@method.rotation=hadamard"))
 
 
 def test_learned_smoothing_of_float_linears_is_refused() -> None:

@@ -54,6 +54,7 @@ METHODS = {
         "compensation": {"kind": "whitened_low_rank", "rank_ratio": 0.1},
     },
     "gptq": {"rounding": {"kind": "gptq", "act_order": True}},
+    "quarot_gptq": {"rotation": {"kind": "hadamard"}, "rounding": {"kind": "gptq"}},
     "qera": {
         "smoothing": {"kind": "shared", "source": "text"},
         "compensation": {"kind": "whitened_low_rank", "rank_ratio": 0.1},

@@ -14,7 +14,8 @@ import torch
 
 from masq.calibration.statistics import GroupAccumulator, GroupStatistics
 from masq.errors import NumericalError
-from masq.models.base import GROUPS, Role
+from masq.models.base import GROUPS, Modality, Role
+from masq.numerics.finite import is_finite
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -101,7 +102,7 @@ def advance(block: BlockAdapter, hidden: torch.Tensor, batch: ReplayBatch, name:
         NumericalError: a token that is not padding came out NaN or infinite.
     """
     output = block.forward(hidden, batch.kwargs)
-    if not torch.isfinite(output[batch.modality >= 0]).all():
+    if not is_finite(output, batch.modality >= 0):
         raise NumericalError(
             f"the output of {name} must be finite",
             value="NaN or infinity",
@@ -118,6 +119,7 @@ def collect(
     *,
     groups: Collection[str] = tuple(GROUPS),
     second_moment: Collection[str] = (),
+    moments_of: Collection[Modality] = tuple(Modality),
 ) -> dict[str, GroupStatistics]:
     """Statistics, by modality, of the inputs of groups of linears of a block.
 
@@ -129,12 +131,13 @@ def collect(
         batches: the matching replay batches.
         groups: groups whose absolute maximum is wanted.
         second_moment: groups whose second moment is wanted as well.
+        moments_of: the modalities whose second moment is wanted there.
 
     Returns:
         Statistics by group name, of the groups asked for.
     """
     wanted = [group for group in GROUPS if group in groups or group in second_moment]
-    accumulators = {group: GroupAccumulator(second_moment=group in second_moment) for group in wanted}
+    accumulators = {group: GroupAccumulator(moments_of if group in second_moment else False) for group in wanted}
     if not wanted:
         return {}
     with _observed(block, accumulators) as current:

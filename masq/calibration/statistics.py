@@ -6,6 +6,7 @@ the same order give the same bits; another order changes only the last bits of t
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +22,7 @@ _ROWS_PER_CHUNK = 4096
 class GroupStatistics:
     """What a stage may know of the input of a group of linears.
 
-    A modality that never occurred has no key. ``second_moment`` is empty if it was not asked for.
+    A modality that never occurred has no key. ``second_moment`` holds those that were asked for.
 
     Attributes:
         abs_max: max |x_i| by channel, float32 [D].
@@ -77,11 +78,12 @@ class GroupAccumulator:
     """Collects ``GroupStatistics`` batch by batch; padding touches nothing.
 
     Args:
-        second_moment: whether X^T X is wanted besides the absolute maximum.
+        second_moment: whether X^T X is wanted besides the absolute maximum, or of which modalities.
     """
 
-    def __init__(self, second_moment: bool) -> None:
-        self._wants_second_moment = second_moment
+    def __init__(self, second_moment: bool | Collection[Modality]) -> None:
+        everything = tuple(Modality) if second_moment else ()
+        self._second_moment_of = everything if isinstance(second_moment, bool) else tuple(second_moment)
         self._abs_max: dict[Modality, AbsMax] = {}
         self._second_moment: dict[Modality, SecondMoment] = {}
         self._num_tokens: dict[Modality, int] = {}
@@ -113,7 +115,7 @@ class GroupAccumulator:
     def _update_one(self, which: Modality, rows: torch.Tensor) -> None:
         self._num_tokens[which] = self._num_tokens.get(which, 0) + rows.shape[0]
         self._abs_max.setdefault(which, AbsMax()).update(rows)
-        if self._wants_second_moment:
+        if which in self._second_moment_of:
             self._second_moment.setdefault(which, SecondMoment()).update(rows)
 
     def result(self) -> GroupStatistics:

@@ -27,6 +27,7 @@ from masq.evaluation.likelihood import (
 )
 from masq.evaluation.scoring import ratio
 from masq.models.base import Modality
+from masq.numerics.finite import is_finite
 from masq.numerics.sqnr import token_sqnr
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _compare(reference: ModelAdapter, quantized: ModelAdapter, batch: EncodedBat
         # Freed as soon as it is used: the float chain of a batch is the largest thing that is held.
         outputs[index] = torch.empty(0)
         _require_finite(output, groups, f"block {index} of the quantized model")
-        tokens = token_sqnr(expected, output).cpu()
+        tokens = token_sqnr(expected, quantized.in_own_basis(output)).cpu()
         sqnr.append(torch.stack([tokens.where(mask, 0.0).sum(1) for mask in groups.values()]))
 
     on_device = batch.to(quantized.model.device)
@@ -170,7 +171,7 @@ def _block_outputs(adapter: ModelAdapter, observe: Callable[[int, torch.Tensor],
 def _require_finite(output: torch.Tensor, groups: dict[str, torch.Tensor], name: str) -> None:
     """Check ``output`` [B, T, d] at the tokens that are not padding."""
     real = torch.stack(list(groups.values())).any(0)
-    if not torch.isfinite(output).all(-1).cpu()[real].all():
+    if not is_finite(output, real):
         raise NumericalError(
             f"the output of {name} must be finite",
             value="NaN or infinity",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from masq.errors import NumericalError
+from masq.numerics.finite import is_finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,7 +84,7 @@ def log_probabilities(adapter: ModelAdapter, rows: torch.Tensor) -> Iterator[tor
     head = adapter.head()
     for chunk in rows.split(ROWS_PER_CHUNK):
         logits = head(chunk).float()
-        if not torch.isfinite(logits).all():
+        if not is_finite(logits):
             raise NumericalError(
                 "logits must be finite",
                 value="NaN or infinity",

@@ -18,6 +18,7 @@ import torch
 
 from masq.errors import ModelError
 from masq.models.tokens import real_tokens
+from masq.numerics.hadamard import rotate_back
 from masq.numerics.scheme import GROUP_ROLES
 
 if TYPE_CHECKING:
@@ -167,11 +168,14 @@ class BlockAdapter(ABC):
 
     @abstractmethod
     def linear(self, role: Role) -> nn.Module:
-        """The module now in the place of the linear ``role``: ``nn.Linear`` until it is replaced."""
+        """The module now in the place of the linear ``role``: ``nn.Linear`` until it is replaced.
+
+        A run-time rotation of its input (``masq.models.rotated.RotatedInput``) is looked through.
+        """
 
     @abstractmethod
     def set_linear(self, role: Role, module: nn.Module) -> None:
-        """Put ``module`` in the place of the linear ``role``."""
+        """Put ``module`` in the place of the linear ``role``; a run-time rotation of its input stays before it."""
 
     @abstractmethod
     def norm(self, group: str) -> nn.Module | None:
@@ -204,6 +208,7 @@ class ModelAdapter(ABC):
         max_pixels: largest image area after resizing, None to keep the processor's.
         end_ids: token ids that end an answer, the tokenizer's own first.
         pad_id: token id that fills padded positions.
+        residual_signs: signs of the Hadamard rotation that the residual stream was given, None in its own basis.
     """
 
     modalities: tuple[Modality, ...] = (Modality.TEXT,)
@@ -222,6 +227,7 @@ class ModelAdapter(ABC):
         self.pad_id = int(self.end_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
         self._placeholders = self.placeholders()
         self._table = torch.zeros(0, dtype=torch.int8)
+        self.residual_signs: torch.Tensor | None = None
         # generate() fills what a caller leaves open from here; a published file would make it sample.
         self.model.generation_config = generation.greedy_config(self.end_ids, self.pad_id, self._placeholders)
         self.check_blocks()
@@ -278,6 +284,12 @@ class ModelAdapter(ABC):
         """Every linear that reads the (normed) residual stream: a rotation multiplies their inputs."""
         roles = (*GROUPS["qkv"], *GROUPS["gate_up"])
         return [*(block.linear(role) for block in self.blocks() for role in roles), self.head()]
+
+    def in_own_basis(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., d] of the residual stream without the rotation that it was given."""
+        if self.residual_signs is None:
+            return hidden
+        return rotate_back(hidden.float(), self.residual_signs)
 
     def modality_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Modality of every token of a forward call, from its own arguments alone.

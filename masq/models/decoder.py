@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from masq.errors import ModelError
 from masq.models.base import GROUPS, BlockAdapter, ModelAdapter, Role
+from masq.models.rotated import RotatedInput
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,12 +45,18 @@ class LlamaBlock(BlockAdapter):
     def linear(self, role: Role) -> nn.Module:
         """See ``BlockAdapter.linear``."""
         parent, name = _PLACES[Role(role)]
-        return getattr(getattr(self._layer, parent), name)
+        module = getattr(getattr(self._layer, parent), name)
+        return module.linear if isinstance(module, RotatedInput) else module
 
     def set_linear(self, role: Role, module: nn.Module) -> None:
         """See ``BlockAdapter.set_linear``."""
         parent, name = _PLACES[Role(role)]
-        setattr(getattr(self._layer, parent), name, module)
+        owner = getattr(self._layer, parent)
+        present = getattr(owner, name)
+        if isinstance(present, RotatedInput) and not isinstance(module, RotatedInput):
+            present.linear = module
+        else:
+            setattr(owner, name, module)
 
     def norm(self, group: str) -> nn.Module | None:
         """See ``BlockAdapter.norm``."""

@@ -13,6 +13,7 @@ from masq.models.base import GROUPS, Modality, Role
 from masq.modules.quant_linear import QuantLinear
 from masq.numerics.linalg import Whitener, whitener
 from masq.rounding.stages import ROUNDING, Rounded, pooled_moment
+from masq.transforms.config import NoRotation
 from masq.transforms.smoothing import match_scale
 from masq.transforms.stages import apply_folds
 
@@ -26,7 +27,13 @@ if TYPE_CHECKING:
     from masq.numerics.affine import QuantizedTensor
     from masq.numerics.scheme import Scheme
     from masq.rounding.config import GptqRounding, NearestRounding
-    from masq.transforms.config import LearnedModalitySmoothing, ModalitySmoothing, NoSmoothing, SharedSmoothing
+    from masq.transforms.config import (
+        HadamardRotation,
+        LearnedModalitySmoothing,
+        ModalitySmoothing,
+        NoSmoothing,
+        SharedSmoothing,
+    )
     from masq.transforms.stages import SmoothingPlan
 
 
@@ -39,6 +46,7 @@ class Stages:
     compensation: NoCompensation | WhitenedLowRank
     scheme: Scheme
     seed: int = 0
+    rotation: NoRotation | HadamardRotation = NoRotation()
 
     @property
     def compensated_groups(self) -> tuple[str, ...]:
@@ -51,6 +59,11 @@ class Stages:
         if self.rounding.kind == "nearest":
             return self.compensated_groups
         return tuple(group for group, roles in GROUPS.items() if set(roles) & set(self.scheme.roles))
+
+    @property
+    def second_moment_modalities(self) -> tuple[Modality, ...]:
+        """Whose second moments: rounding looks at every token, a correction at those of its own modality."""
+        return tuple(m for m in Modality if self.rounding.kind != "nearest" or m is not Modality.TEXT)
 
     @property
     def uses_float_chain(self) -> bool:

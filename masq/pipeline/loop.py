@@ -21,6 +21,7 @@ from masq.pipeline.assembly import Stages, quantize_block
 from masq.pipeline.progress import BlockClock
 from masq.pipeline.store import BlockStore, block_tensors, restore_block
 from masq.transforms.learned import Factors, LearnedFactors, learn_factors, run_fake_quantized
+from masq.transforms.rotation import rotate_model
 from masq.transforms.stages import SMOOTHING, SmoothingPlan
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class QuantizationReport:
         blocks: per block: index, SQNR of the block output by modality on calibration tokens (dB), share of the
             whitened weight error that corrections capture, and, when factors are learned, the losses.
         warnings: typed fallbacks worth a line under the table.
-        seconds: wall time of learning and of quantizing (resumed blocks count only their replay).
+        seconds: wall time of rotating, of learning and of quantizing (resumed blocks count only their replay).
     """
 
     blocks: list[dict[str, Any]] = field(default_factory=list)
@@ -57,7 +58,7 @@ def quantize(
     blocks: BlockStore,
     factors: BlockStore,
 ) -> QuantizationReport:
-    """Quantize every decoder block of ``adapter`` in place.
+    """Quantize every decoder block of ``adapter`` in place, after rotating the model where the method says so.
 
     Args:
         adapter: the float model.
@@ -77,6 +78,10 @@ def quantize(
     report = QuantizationReport()
     if stages.smoothing.kind != "none" or stages.compensation.kind != "none":
         _warn_about_missing(adapter, batches, report)
+    if stages.rotation.kind == "hadamard":
+        started = time.perf_counter()
+        rotate_model(adapter, stages.rotation, stages.seed)
+        report.seconds["rotate"] = time.perf_counter() - started
     hidden, replay = capture(adapter, batches)
     learned: list[SmoothingPlan] | None = None
     if stages.smoothing.kind == "modality_learned":
@@ -237,13 +242,14 @@ def _quantize_one(
     """Fit and apply every stage on one block; returns the note of ``quantize_block``."""
     floats, quantized = chains
     smoothed = () if plan is not None or stages.smoothing.kind == "none" else stages.smoothing.groups
-    moments = stages.second_moment_groups
+    moments, of = stages.second_moment_groups, stages.second_moment_modalities
     on_floats = stages.uses_float_chain
-    statistics = collect(block, quantized, replay, groups=smoothed, second_moment=() if on_floats else moments)
+    first = () if on_floats else moments
+    statistics = collect(block, quantized, replay, groups=smoothed, second_moment=first, moments_of=of)
     if plan is None:
         plan = SMOOTHING.get(stages.smoothing.kind)(block, statistics, stages.smoothing)
     if on_floats:
-        statistics = collect(block, floats, replay, groups=(), second_moment=moments)
+        statistics = collect(block, floats, replay, groups=(), second_moment=moments, moments_of=of)
     return quantize_block(block, name, plan, statistics, stages, context)
 
 

@@ -29,6 +29,31 @@ class NoRotation:
 
 
 @dataclass(frozen=True, slots=True)
+class HadamardRotation:
+    """Randomized Hadamard rotation (QuaRot, arXiv 2404.00456); the signs come from the seed of the run.
+
+    Attributes:
+        residual: rotate the residual stream, offline: embeddings and projectors of the towers included.
+        heads: rotate each head between values and output linear, offline.
+        down: rotate the input of ``down`` at run time.
+    """
+
+    kind: Literal["hadamard"] = "hadamard"
+    residual: bool = True
+    heads: bool = True
+    down: bool = True
+
+    def __post_init__(self) -> None:
+        """Reject a rotation of nothing.
+
+        Raises:
+            ConfigError: all three are off.
+        """
+        if not (self.residual or self.heads or self.down):
+            raise ConfigError("a rotation must rotate something", value="all off", remedy="use kind: none")
+
+
+@dataclass(frozen=True, slots=True)
 class NoSmoothing:
     """Activations and weights keep their scales."""
 
@@ -129,5 +154,5 @@ class LearnedModalitySmoothing:
             )
 
 
-Rotation = NoRotation
+Rotation = NoRotation | HadamardRotation
 Smoothing = NoSmoothing | SharedSmoothing | ModalitySmoothing | LearnedModalitySmoothing

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from masq.errors import ConfigError
-from masq.numerics import hadamard
+from masq.numerics import hadamard, paley
 
 # Hidden and intermediate sizes of SmolLM2-135M, Qwen2.5-3B and Qwen2.5-7B, and head sizes.
 MODEL_SIZES = (64, 128, 576, 1536, 2048, 3584, 11008, 18944)
@@ -55,7 +55,7 @@ def test_signs_depend_on_every_part_of_their_key() -> None:
 @pytest.mark.parametrize("n", [0, 3, 6, 9, 92 * 7])
 def test_sizes_without_a_matrix_are_refused(n: int) -> None:
     with pytest.raises(ConfigError, match="Hadamard"):
-        hadamard.factor(n)
+        paley.factor(n)
 
 
 def test_dtype_is_kept() -> None:

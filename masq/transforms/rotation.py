@@ -1,0 +1,134 @@
+"""Hadamard rotation of a whole model: outliers are spread over all channels, the function stays what it was.
+
+QuaRot, arXiv 2404.00456, sections 3 and 4. With x the residual stream and R orthogonal, every writer writes x R and
+every reader reads it back through R^T; norms without weights commute with R, so their weights first move into the
+linears they feed. Embeddings and the projectors of the towers write into the stream as well. Values and the output
+linear share a rotation per head, and the input of ``down`` is rotated at run time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from masq.errors import ModelError
+from masq.models.base import GROUPS, Role
+from masq.models.rotated import RotatedInput
+from masq.numerics.hadamard import random_signs, rotate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from masq.models.base import BlockAdapter, ModelAdapter
+    from masq.transforms.config import HadamardRotation
+
+
+@torch.no_grad()
+def rotate_model(adapter: ModelAdapter, config: HadamardRotation, seed: int) -> None:
+    """Rotate a float model in place; its logits stay what they were, to rounding.
+
+    Solved in float64, stored in the dtype of the model.
+
+    Args:
+        adapter: the float model, unquantized.
+        config: which rotations.
+        seed: of the random signs, keyed further by place.
+
+    Raises:
+        ModelError: a norm that does not commute with a rotation (a bias, or no weight).
+        ConfigError: a size without a Hadamard matrix.
+    """
+    if config.residual:
+        _untie(adapter)
+        _fold_norms(adapter)
+        signs = random_signs(adapter.embeddings().weight.shape[1], seed, "rotation", "residual")
+        for module in adapter.residual_writers():
+            _rotate_outputs(module, signs)
+        for module in adapter.residual_readers():
+            _rotate_inputs(module, signs)
+        adapter.residual_signs = signs.to(adapter.embeddings().weight.device)
+    for index, block in enumerate(adapter.blocks()):
+        if config.heads:
+            _rotate_heads(block, random_signs(block.head_dim, seed, "rotation", "heads", index))
+        if config.down:
+            _rotate_down(block, random_signs(_linear(block, Role.DOWN).in_features, seed, "rotation", "down", index))
+
+
+def _linear(block: BlockAdapter, role: Role) -> nn.Linear:
+    linear = block.linear(role)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _untie(adapter: ModelAdapter) -> None:
+    """Give the head a weight of its own: the last norm moves into it, and must not move into the embedding."""
+    head = adapter.head()
+    if head.weight is adapter.embeddings().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+
+def _fold_norms(adapter: ModelAdapter) -> None:
+    """Multiply the inputs of the linears behind each norm by its weight, and set that to one."""
+    feeds: list[tuple[nn.Module | None, list[nn.Module]]] = [(adapter.final_norm(), [adapter.head()])]
+    for block in adapter.blocks():
+        feeds += [(block.norm(group), [block.linear(role) for role in GROUPS[group]]) for group in ("qkv", "gate_up")]
+    for norm, readers in feeds:
+        weight = getattr(norm, "weight", None)
+        if not isinstance(weight, torch.Tensor) or getattr(norm, "bias", None) is not None:
+            raise ModelError(
+                "a residual rotation needs norms with one weight per channel and no bias before q, k, v and gate, up",
+                value=type(norm).__name__,
+                remedy="set method.rotation.residual=false",
+            )
+        for reader in readers:
+            assert isinstance(reader.weight, torch.Tensor)
+            _store(reader.weight, reader.weight.double() * weight.double())
+        weight.fill_(1.0)
+
+
+def _rotate_outputs(module: nn.Module, signs: torch.Tensor) -> None:
+    """``y -> y R``: rows of an embedding, columns of a linear's transposed weight, and its bias."""
+    assert isinstance(module.weight, torch.Tensor)
+    if isinstance(module, nn.Embedding):
+        _apply(module.weight, lambda weight: rotate(weight, signs))
+        return
+    _apply(module.weight, lambda weight: rotate(weight.t(), signs).t())
+    if isinstance(module.bias, torch.Tensor):
+        _apply(module.bias, lambda bias: rotate(bias, signs))
+
+
+def _rotate_inputs(module: nn.Module, signs: torch.Tensor) -> None:
+    """``W x -> (W R) (x R)``; the bias of a reader is an output and stays."""
+    assert isinstance(module.weight, torch.Tensor)
+    _apply(module.weight, lambda weight: rotate(weight, signs))
+
+
+def _rotate_heads(block: BlockAdapter, signs: torch.Tensor) -> None:
+    """Rotate each head of the values, bias included, and of what the output linear reads.
+
+    Attention mixes tokens, not channels, so a rotation inside a head passes through; query heads that share a KV head
+    share its rotation.
+    """
+    value, output = _linear(block, Role.VALUE), _linear(block, Role.OUTPUT)
+    size = block.head_dim
+    _apply(value.weight, lambda w: rotate(w.t().unflatten(1, (-1, size)), signs).flatten(1).t())
+    if value.bias is not None:
+        _apply(value.bias, lambda bias: rotate(bias.unflatten(0, (-1, size)), signs).flatten())
+    _apply(output.weight, lambda w: rotate(w.unflatten(1, (-1, size)), signs).flatten(1))
+
+
+def _rotate_down(block: BlockAdapter, signs: torch.Tensor) -> None:
+    """Rotate the input of ``down`` at run time, between gate * up, which no weight can absorb."""
+    down = _linear(block, Role.DOWN)
+    _rotate_inputs(down, signs)
+    block.set_linear(Role.DOWN, RotatedInput(down, signs.to(down.weight.device, torch.float32)))
+
+
+def _apply(parameter: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    _store(parameter, function(parameter.double()))
+
+
+def _store(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    parameter.copy_(value.to(parameter.dtype))
