@@ -55,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MasqError as error:
         print(f"masq: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; nothing may be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("masq: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
@@ -178,7 +182,7 @@ def _configs(options: argparse.Namespace) -> list[RunConfig]:
         configs = []
         for cell in cells:
             try:
-                configs.append(decode(compose(cell)))
+                configs.append(decode(_named(compose(cell), cell)))
             except ConfigError as error:
                 if len(cells) == 1:
                     raise
@@ -228,6 +232,11 @@ def _composer() -> Iterator[Callable[[Sequence[str]], dict[str, Any]]]:
             yield plain
     except (HydraException, OmegaConfBaseException) as error:
         raise _translated(error) from error
+    except ValueError as error:
+        if isinstance(error, MasqError):
+            raise
+        # Hydra's own complaint about a group that was set to null.
+        raise _translated(error) from error
 
 
 def _translated(error: Exception) -> ConfigError:
@@ -259,12 +268,29 @@ def _one_for_hydra(override: str) -> str:
     if match is None or (match["value"] is None and match["prefix"] != "~"):
         raise ConfigError("an override must be KEY=VALUE", value=override, remedy="see masq run --help")
     key, value = match["key"], match["value"]
+    if key in _SLOTS:
+        raise ConfigError(f"{key} is a slot of the method", value=override, remedy=f"write method.{key}={value}")
     if match["prefix"] == "~" or key.startswith("hydra") or (_config_folder() / key.split("@")[0]).is_dir():
         return override
     section, _, slot = key.partition(".")
     if section == "method" and slot in _SLOTS and not value.lstrip().startswith(("{", "null")):
         return f"{slot}@{key}={value}"
     return f"++{key}={value}"
+
+
+def _named(plain: dict[str, Any], cell: Sequence[str]) -> dict[str, Any]:
+    """The composed configuration, a changed method's name telling the change, unless the user gave it a name.
+
+    Else two variants of one method would look alike in tables.
+    """
+    changes = [override for override in _for_humans(cell) if override.startswith("method.")]
+    changed = [
+        c.removeprefix("method.") for c in changes if c.partition("=")[0] not in ("method.name", "method.description")
+    ]
+    method = plain.get("method")
+    if changed and isinstance(method, dict) and not any(c.startswith("method.name=") for c in changes):
+        method["name"] = "+".join([str(method.get("name")), *changed])
+    return plain
 
 
 def _for_humans(cell: Sequence[str]) -> list[str]:
@@ -333,5 +359,6 @@ def _cell(composed: Any) -> None:
 
     _set_up_logging()
     settings = HydraConfig.get()
-    config = decode(OmegaConf.to_container(composed, resolve=True))  # type: ignore[arg-type]
+    plain: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
+    config = decode(_named(plain, list(settings.overrides.task)))
     write_outcome(Path(settings.sweep.dir), int(settings.job.num), attempt(config))

@@ -7,6 +7,7 @@ beside the code it configures, and its defaults live there and nowhere else.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from masq.models.config import Architecture, ModelConfig
 from masq.numerics.paley import factor
 from masq.numerics.scheme import GROUP_ROLES, GroupName, Scheme
 from masq.rounding.config import NearestRounding, NoRounding, Rounding
-from masq.transforms.config import NoRotation, NoSmoothing, Rotation, Smoothing
+from masq.transforms.config import LearnedSmoothing, NoRotation, NoSmoothing, Rotation, Smoothing
 
 _MODALITY_SMOOTHING = ("modality", "modality_learned")
 
@@ -233,7 +234,7 @@ def folder_name(config: RunConfig, key: str) -> str:
     """Name of the run's folder: what a human looks for, then enough of the identity ``key`` to be unique."""
     scheme = "float" if config.method.is_float else config.scheme.name
     parts = (config.model.name, config.modality.name, scheme, config.method.name, key[:10])
-    return "-".join(part.replace("/", "_") for part in parts)
+    return "-".join(re.sub(r"[^\w.+=]+", "_", part) for part in parts)
 
 
 def run_folder(config: RunConfig, key: str) -> Path:
@@ -291,11 +292,11 @@ def _check_formats(config: RunConfig) -> None:
         )
     _check_rounding(config)
     smoothing = config.method.smoothing
-    if smoothing.kind == "modality_learned" and not _roles_in(smoothing.groups, config.scheme.roles):
+    if isinstance(smoothing, LearnedSmoothing) and not _roles_in(smoothing.groups, config.scheme.roles):
         raise ConfigError(
             "learned smoothing needs a quantized linear in one of its groups",
             value=f"groups {', '.join(smoothing.groups)}, quantized roles {', '.join(config.scheme.roles)}",
-            remedy="choose other groups or roles, or method.smoothing=modality",
+            remedy="choose other groups or roles, or method.smoothing=modality or shared",
         )
     if config.model.architecture is not None:
         check_sizes(config, config.model.architecture)

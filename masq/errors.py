@@ -55,10 +55,6 @@ class NumericalError(MasqError):
     """A computation that left the finite numbers or diverged."""
 
 
-class EvaluationError(MasqError):
-    """A score that would mislead, for example because too many answers are empty."""
-
-
 @contextmanager
 def numerical_errors_of(place: str) -> Iterator[None]:
     """Have every ``NumericalError`` raised inside name ``place`` (a block, a linear) in its rule."""

@@ -15,16 +15,18 @@ from masq.config import RunConfig, active_modalities, folder_name, notes
 from masq.models.architecture import architecture, count_parameters, input_sizes, linear_shapes
 from masq.models.config import Architecture
 from masq.numerics.scheme import GROUP_ROLES, GroupName
+from masq.transforms.config import LearnedSmoothing
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Tasks of the embedded data that need the modality, and tokens of one sample: (embedded model, real model).
 _TASKS = {"text": 1, "vision": 2, "audio": 1}
 _TOKENS = {"zoo": 96, "real": 512}
-_SPLIT_SAMPLES = 300
+_SPLIT_SAMPLES = 200
 _PROCESS_BYTES = 700e6
-_FLOPS = {"cpu_core": 40e9, "accelerator": 60e12}
+_FLOPS = {"cpu_core": 80e9, "accelerator": 60e12}
 # Simulated integer products and fake quantization cost about this many float products.
-_SIMULATION_COST = 3.0
+_SIMULATION_COST = 1.0
+_FLOAT64_COST = 4.0
 
 
 @dataclass(frozen=True)
@@ -241,11 +243,15 @@ def _seconds(
     if not config.method.is_float:
         smoothing = config.method.smoothing
         # Forward and backward cost three forward passes; two more measure the loss before and after.
-        passes = 3 + _SIMULATION_COST * (3 * smoothing.epochs + 2 if smoothing.kind == "modality_learned" else 1)
+        passes = 3 + _SIMULATION_COST * (3 * smoothing.epochs + 2 if isinstance(smoothing, LearnedSmoothing) else 1)
         result["calibration"] = passes * per_token * workload.calibration_tokens
         if config.method.compensation.kind != "none":
             sides = sum(25.0 * a * b * min(a, b) for a, b in linear_shapes(sizes).values())
             result["compensation"] = sides * sizes.num_layers * len(workload.other_modalities)
+        if config.method.rounding.kind == "gptq":
+            # One update of the weight per column and the factors of the Hessian, in float64.
+            sides = sum(2.0 * a * b * b + 2.0 * b**3 for a, b in linear_shapes(sizes).values())
+            result["rounding"] = _FLOAT64_COST * sides * sizes.num_layers
     return {stage: flops / speed for stage, flops in result.items()}
 
 
@@ -258,7 +264,7 @@ def _steps(config: RunConfig, sizes: Architecture, workload: _Workload) -> list[
         steps += [
             f"calibrate on {workload.calibration_tokens // workload.sample_tokens} samples: {modalities}",
             f"quantize {sizes.num_layers} blocks to {config.scheme.name} with {method.name} ({method.description}): "
-            f"smoothing {method.smoothing.kind}, rounding {method.rounding.kind}, "
+            f"rotation {method.rotation.kind}, smoothing {method.smoothing.kind}, rounding {method.rounding.kind}, "
             f"compensation {method.compensation.kind}",
         ]
     scored = f"{config.evaluation.samples_per_task} samples of each task"

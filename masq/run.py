@@ -132,7 +132,7 @@ def _quantize(
     assert not isinstance(method.rounding, NoRounding)
     stages = Stages(method.smoothing, method.rounding, method.compensation, config.scheme, config.seed, method.rotation)
     factors = Path(config.output.root) / "artifacts" / f"factors-{_factors_key(config, hashes)[:16]}"
-    if method.smoothing.kind == "modality_learned":
+    if stages.learns:
         _note_learning(record, factors, BlockStore(factors).has_all(len(adapter.blocks())))
     encoded = [adapter.encode(batch, with_answer=True) for batch in batches(samples, config.calibration.batch_size)]
     report = quantize(

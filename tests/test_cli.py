@@ -85,6 +85,11 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
         (["run", "method.smoothing.alhpa=1"], "Did you mean method.smoothing.alpha?"),
         (["run", "+method.smoothing.alhpa=1"], "Did you mean method.smoothing.alpha?"),
         (["run", "method.smoothing.alpha=high"], "method.smoothing.alpha must be a finite number"),
+        (
+            ["run", "rotation=hadamard"],
+            "rotation is a slot of the method (got: rotation=hadamard). Write method.rotation=",
+        ),
+        (["run", "method=null"], "cannot be composed"),
         (["run", "method.smoothing=sharde"], "unknown smoothing (got: sharde). Did you mean shared"),
         (["run", "modality=trio"], "unknown modality (got: trio). Did you mean tri?"),
         (["run", "preset=demmo"], "unknown preset (got: demmo). Did you mean demo?"),
@@ -109,6 +114,15 @@ def test_what_the_user_can_correct_is_one_line_and_status_2(
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_a_changed_method_carries_the_change_in_its_name(runner: list[RunConfig]) -> None:
+    changed = ["run", "method=masquant", "method.compensation.rank_ratio=0.02", "method.rounding=gptq"]
+    assert cli.main(changed) == 0
+    assert cli.main([*changed, "method.name=mine"]) == 0
+    assert cli.main(["run", "method=masquant", "method.description=x"]) == 0
+    names = [config.method.name for config in runner]
+    assert names == ["masquant+compensation.rank_ratio=0.02+rounding=gptq", "mine", "masquant"]
 
 
 def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,7 @@ def test_methods_are_what_the_papers_say() -> None:
         "masquant": ("modality_learned", "nearest", "whitened_low_rank"),
         "masquant_gauged": ("modality_learned", "nearest", "whitened_low_rank"),
         "qera": ("shared", "nearest", "whitened_low_rank"),
+        "smoothquant_learned": ("shared_learned", "nearest", "none"),
         "gptq": ("none", "gptq", "none"),
         "quarot": ("none", "nearest", "none"),
         "quarot_gptq": ("none", "gptq", "none"),

@@ -53,6 +53,7 @@ METHODS = {
         "smoothing": {"kind": "modality_learned", "epochs": 1},
         "compensation": {"kind": "whitened_low_rank", "rank_ratio": 0.1},
     },
+    "smoothquant_learned": {"smoothing": {"kind": "shared_learned", "epochs": 1}},
     "gptq": {"rounding": {"kind": "gptq", "act_order": True}},
     "quarot_gptq": {"rotation": {"kind": "hadamard"}, "rounding": {"kind": "gptq"}},
     "qera": {

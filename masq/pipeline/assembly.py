@@ -27,13 +27,7 @@ if TYPE_CHECKING:
     from masq.numerics.affine import QuantizedTensor
     from masq.numerics.scheme import Scheme
     from masq.rounding.config import GptqRounding, NearestRounding
-    from masq.transforms.config import (
-        HadamardRotation,
-        LearnedModalitySmoothing,
-        ModalitySmoothing,
-        NoSmoothing,
-        SharedSmoothing,
-    )
+    from masq.transforms.config import Rotation, Smoothing
     from masq.transforms.stages import SmoothingPlan
 
 
@@ -41,12 +35,17 @@ if TYPE_CHECKING:
 class Stages:
     """A method: one configuration per slot, the number formats and the seed of every random stream."""
 
-    smoothing: NoSmoothing | SharedSmoothing | ModalitySmoothing | LearnedModalitySmoothing
+    smoothing: Smoothing
     rounding: NearestRounding | GptqRounding
     compensation: NoCompensation | WhitenedLowRank
     scheme: Scheme
     seed: int = 0
-    rotation: NoRotation | HadamardRotation = NoRotation()
+    rotation: Rotation = NoRotation()
+
+    @property
+    def learns(self) -> bool:
+        """Whether smoothing factors are learned in a walk of their own."""
+        return self.smoothing.kind in ("modality_learned", "shared_learned")
 
     @property
     def compensated_groups(self) -> tuple[str, ...]:
@@ -63,7 +62,12 @@ class Stages:
     @property
     def second_moment_modalities(self) -> tuple[Modality, ...]:
         """Whose second moments: rounding looks at every token, a correction at those of its own modality."""
-        return tuple(m for m in Modality if self.rounding.kind != "nearest" or m is not Modality.TEXT)
+        wanted = {m for m in Modality if m is not Modality.PADDING}
+        if self.rounding.kind == "nearest":
+            wanted -= {Modality.TEXT}
+        elif self.compensation.kind == "none" and self.rounding.tokens == "text":
+            wanted = {Modality.TEXT}
+        return tuple(sorted(wanted))
 
     @property
     def uses_float_chain(self) -> bool:
@@ -93,7 +97,7 @@ def quantize_block(
     Returns:
         JSON: ``captured``, the share of the whitened weight error that corrections capture, mean over linears, by
         modality; for a stage that rounds against the input also ``rounding_gain``, the mean ratio of its error to that
-        of rounding to nearest, and ``rounding_fallbacks``, by role, why some linears were rounded to nearest.
+        of rounding to nearest, and ``rounding_fallbacks``, by role, what could not be done as configured.
 
     Raises:
         NumericalError: a weight, factor or correction is not finite; the message names the linear.

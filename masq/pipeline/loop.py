@@ -20,6 +20,7 @@ from masq.numerics.sqnr import token_sqnr
 from masq.pipeline.assembly import Stages, quantize_block
 from masq.pipeline.progress import BlockClock
 from masq.pipeline.store import BlockStore, block_tensors, restore_block
+from masq.transforms.config import LearnedSmoothing
 from masq.transforms.learned import Factors, LearnedFactors, learn_factors, run_fake_quantized
 from masq.transforms.rotation import rotate_model
 from masq.transforms.stages import SMOOTHING, SmoothingPlan
@@ -38,8 +39,9 @@ class QuantizationReport:
     """What happened, block by block.
 
     Attributes:
-        blocks: per block: index, SQNR of the block output by modality on calibration tokens (dB), share of the
-            whitened weight error that corrections capture, and, when factors are learned, the losses.
+        blocks: per block: index, SQNR of the block output by modality on the calibration tokens of one batch per mix of
+            modalities (dB), what ``quantize_block`` notes of corrections and rounding, and, when factors are learned,
+            the losses.
         warnings: typed fallbacks worth a line under the table.
         seconds: wall time of rotating, of learning and of quantizing (resumed blocks count only their replay).
     """
@@ -84,7 +86,7 @@ def quantize(
         report.seconds["rotate"] = time.perf_counter() - started
     hidden, replay = capture(adapter, batches)
     learned: list[SmoothingPlan] | None = None
-    if stages.smoothing.kind == "modality_learned":
+    if stages.learns:
         started = time.perf_counter()
         learned = _learn(adapter, hidden, replay, stages, context, factors, report)
         report.seconds["learn"] = time.perf_counter() - started
@@ -128,7 +130,6 @@ def _learn(
     report: QuantizationReport,
 ) -> list[SmoothingPlan]:
     """First walk: factors of every block, on the chain in which each modality has its own weight Q(W s_m)."""
-    assert stages.smoothing.kind == "modality_learned"
     adapter_blocks = adapter.blocks()
     walk_needed = not store.has_all(len(adapter_blocks))
     clock = BlockClock("learn smoothing", len(adapter_blocks))
@@ -167,10 +168,11 @@ def _picked(indices: Sequence[int], *lists: Sequence[Any]) -> list[list[Any]]:
 
 def _learn_one(block: BlockAdapter, name: str, data: BlockData, stages: Stages) -> LearnedFactors:
     """Learn the factors of one block, from those of the closed form on."""
-    assert stages.smoothing.kind == "modality_learned"
-    statistics = collect(block, data.hidden, data.batches, groups=stages.smoothing.groups)
-    initial = SMOOTHING.get(stages.smoothing.kind)(block, statistics, stages.smoothing).factors
-    return learn_factors(block, name, initial, data, stages.scheme, stages.smoothing, seed=stages.seed)
+    config = stages.smoothing
+    assert isinstance(config, LearnedSmoothing)
+    statistics = collect(block, data.hidden, data.batches, groups=config.groups)
+    initial = SMOOTHING.get(config.kind)(block, statistics, config).factors
+    return learn_factors(block, name, initial, data, stages.scheme, config, seed=stages.seed)
 
 
 def _quantize(
@@ -213,7 +215,7 @@ def _quantize(
         floats = targets
         _merge(report.blocks, index, {"sqnr": sqnr, **note})
         for role, reason in note.get("rounding_fallbacks", {}).items():
-            report.warnings.append(f"{name}.{role} was rounded to nearest: {reason}")
+            report.warnings.append(f"{name}.{role}: {reason}")
         clock.tick(_sqnr_text(sqnr))
 
 

@@ -136,11 +136,15 @@ def _model_notes(records: Sequence[RunRecord]) -> list[str]:
             "The float model is the dequantized Q4_1 SmolLM2-135M-Instruct with our towers: asymmetric 4-bit weights "
             "in groups of 32 would be lossless on it and are not ranked."
         )
-    if any(r.method == "none" for r in records):
-        notes.append("Method none is the float model; the scheme does not apply to it.")
-    if any(r.method == "mas" for r in records):
-        notes.append("mas keeps one weight per modality: an upper bound, not deployable.")
+    if any(_is_float(r) for r in records):
+        notes.append("float is the model as it was loaded.")
     return notes
+
+
+def _is_float(record: RunRecord) -> bool:
+    """Whether nothing was rounded, whatever the method is called."""
+    rounding = _lookup(record.config, "method", "rounding")
+    return isinstance(rounding, dict) and rounding.get("kind") == "none"
 
 
 def _choose(available: list[Column], wanted: Sequence[str] | None) -> list[Column]:
@@ -162,7 +166,7 @@ def _labels(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         values = [str(_lookup(record.config, title, "name")) for record in records]
         if len(set(values)) > 1:
             labels.append((title, values))
-    schemes = ["float" if record.method == "none" else record.scheme for record in records]
+    schemes = ["float" if _is_float(record) else record.scheme for record in records]
     return [*labels, ("scheme", schemes), ("method", [record.method for record in records])]
 
 
@@ -230,14 +234,14 @@ def _text_rows(
             value, error = column.read(record)
             text = _number(value, error, column.digits) + ("" if column.valid(record) else _INVALID)
             is_best = value is not None and column.valid(record) and value == best.get(column.key)
-            cells.append(mark.format(text) if is_best and record.method != "none" else text)
+            cells.append(mark.format(text) if is_best and not _is_float(record) else text)
         rows.append(cells)
     return rows
 
 
 def _best(column: Column, records: Sequence[RunRecord]) -> float | None:
     """Best value among quantized rows: the float model and scores that are not valid compete with nobody."""
-    values = [column.read(r)[0] for r in records if r.method != "none" and column.valid(r)]
+    values = [column.read(r)[0] for r in records if not _is_float(r) and column.valid(r)]
     finite = [value for value in values if value is not None and not math.isnan(value)]
     if column.higher_is_better is None or not finite:
         return None

@@ -28,7 +28,8 @@ class Rounded:
     Attributes:
         weight: codes [O, I].
         gain: its error in the norm of the activations relative to that of rounding to nearest, 1 for that itself.
-        fallback: why the stage rounded to nearest instead, or None.
+        fallback: what was not done as configured (rounded to nearest instead, more damping, channels never seen), or
+            None.
     """
 
     weight: QuantizedTensor
@@ -44,10 +45,14 @@ def nearest(weight: torch.Tensor, fmt: TensorFormat, _config: NearestRounding, _
 def gptq(weight: torch.Tensor, fmt: TensorFormat, config: GptqRounding, moment: torch.Tensor | None) -> Rounded:
     """GPTQ against the second moment of the smoothed input."""
     if moment is None:
-        return Rounded(round_nearest(weight, fmt), fallback="no calibration token to round against")
+        return Rounded(round_nearest(weight, fmt), fallback="rounded to nearest, no calibration token to round against")
     outcome = round_gptq(weight, moment, fmt, config)
     gain = outcome.loss / outcome.nearest_loss if outcome.nearest_loss > 0 else 1.0
-    return Rounded(outcome.weight, gain, outcome.fallback)
+    if outcome.fallback:
+        return Rounded(outcome.weight, gain, f"rounded to nearest, {outcome.fallback}")
+    notes = [f"damping raised to {outcome.damping:g}"] if outcome.damping != config.damping else []
+    notes += [f"{outcome.num_dead} input channels never active, rounded to nearest"] if outcome.num_dead else []
+    return Rounded(outcome.weight, gain, ", ".join(notes) or None)
 
 
 ROUNDING: Registry[Callable[..., Rounded]] = Registry("rounding stage")

@@ -141,18 +141,57 @@ class LearnedModalitySmoothing:
             ConfigError: alpha, epochs, learning rate or loss weights out of range; all loss weights zero.
         """
         _check(self.alpha, self.groups)
-        if self.epochs < 0:
-            raise ConfigError("epochs must not be negative", value=self.epochs)
-        if not 0 < self.learning_rate < float("inf"):
-            raise ConfigError("learning_rate must be positive and finite", value=self.learning_rate)
-        weights = self.loss_weights.values()
-        if set(self.loss_weights) != set(_unit_weights()):
-            raise ConfigError("loss_weights must give text, vision and audio", value=dict(self.loss_weights))
-        if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
-            raise ConfigError(
-                "loss_weights must be finite, not negative, and not all zero", value=dict(self.loss_weights)
-            )
+        _check_learning(self.epochs, self.learning_rate)
+        _check_loss_weights(self.loss_weights)
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedSharedSmoothing:
+    """One factor for all tokens, trained like those of ``LearnedModalitySmoothing`` on the same loss; never folded.
+
+    The row "uniform, optimized" of MASQuant's ablation (arXiv 2603.04800): what learning gives without modalities.
+
+    Attributes:
+        alpha: of the starting factor.
+        groups: the groups of linears that are smoothed.
+        epochs: passes over the calibration batches; 0 keeps the starting factor.
+        learning_rate: of Adam on log s.
+        loss_weights: lambda of each modality; all three must be given.
+    """
+
+    kind: Literal["shared_learned"] = "shared_learned"
+    alpha: float = 0.5
+    groups: tuple[GroupName, ...] = _GROUPS
+    epochs: int = 2
+    learning_rate: float = 0.03
+    loss_weights: Mapping[LossKey, float] = field(default_factory=_unit_weights)
+
+    def __post_init__(self) -> None:
+        """Reject values out of range.
+
+        Raises:
+            ConfigError: alpha, epochs, learning rate or loss weights out of range; all loss weights zero.
+        """
+        _check(self.alpha, self.groups)
+        _check_learning(self.epochs, self.learning_rate)
+        _check_loss_weights(self.loss_weights)
+
+
+def _check_learning(epochs: int, learning_rate: float) -> None:
+    if epochs < 0:
+        raise ConfigError("epochs must not be negative", value=epochs)
+    if not 0 < learning_rate < float("inf"):
+        raise ConfigError("learning_rate must be positive and finite", value=learning_rate)
+
+
+def _check_loss_weights(loss_weights: Mapping[LossKey, float]) -> None:
+    weights = loss_weights.values()
+    if set(loss_weights) != set(_unit_weights()):
+        raise ConfigError("loss_weights must give text, vision and audio", value=dict(loss_weights))
+    if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
+        raise ConfigError("loss_weights must be finite, not negative, and not all zero", value=dict(loss_weights))
 
 
 Rotation = NoRotation | HadamardRotation
-Smoothing = NoSmoothing | SharedSmoothing | ModalitySmoothing | LearnedModalitySmoothing
+LearnedSmoothing = LearnedModalitySmoothing | LearnedSharedSmoothing
+Smoothing = NoSmoothing | SharedSmoothing | ModalitySmoothing | LearnedSmoothing

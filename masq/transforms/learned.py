@@ -1,4 +1,4 @@
-"""Learned modality-aware smoothing (arXiv 2603.04800, equations 12 to 14).
+"""Learned smoothing: modality-aware (arXiv 2603.04800, equations 12 to 14), or one factor for all tokens.
 
 One factor per channel and modality, started at sqrt(max|x_m| / max|w|) and trained so that the decoder block, quantized
 with a separate weight Q(W s_m) per modality, reproduces the float block: loss = sum_m lambda_m MAE_m. The parameters
@@ -8,7 +8,6 @@ are log s in float32 (the reference trains s itself in bfloat16, where steps van
 from __future__ import annotations
 
 import hashlib
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,12 +22,12 @@ from masq.models.base import GROUPS, Modality, Role
 from masq.numerics.affine import fake_quantize
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from masq.calibration.replay import BlockData, ReplayBatch
     from masq.models.base import BlockAdapter
     from masq.numerics.scheme import Scheme, TensorFormat
-    from masq.transforms.config import LearnedModalitySmoothing
+    from masq.transforms.config import LearnedSmoothing
 
 Factors = dict[str, dict[Modality, torch.Tensor]]
 
@@ -46,7 +45,6 @@ class LearnedFactors:
         initial_loss: loss of the calibration set at the starting factors.
         final_loss: loss at the factors that were kept.
         reverted: learning ended above the initial loss, so the starting factors were kept.
-        seconds: wall time.
         outputs: outputs [B, T, d] of the fake-quantized block at the kept factors, by batch: the next block's inputs.
     """
 
@@ -54,7 +52,6 @@ class LearnedFactors:
     initial_loss: float
     final_loss: float
     reverted: bool
-    seconds: float
     outputs: list[torch.Tensor]
 
 
@@ -73,9 +70,14 @@ class _Permute(torch.autograd.Function):
 
 
 class _Rows:
-    """Rows of the current batch by modality, shared by the fake-quantized linears of a block."""
+    """Rows of the current batch by the modality whose factor they take, shared by the linears of a block.
 
-    def __init__(self) -> None:
+    Args:
+        known: modalities with a factor of their own; rows of others take that of text.
+    """
+
+    def __init__(self, known: Collection[Modality]) -> None:
+        self.known = torch.tensor(sorted(known), dtype=torch.int8)
         self.sizes: dict[Modality, int] = {}
         self.num_calls = 0
         self.order = self.restore = torch.empty(0, dtype=torch.long)
@@ -85,6 +87,7 @@ class _Rows:
         self.num_calls += 1
         flat = modality.reshape(-1)
         flat = torch.where(flat < 0, flat[flat >= 0].min(), flat)
+        flat = torch.where(torch.isin(flat, self.known.to(flat.device)), flat, int(Modality.TEXT))
         numbers, counts = flat.unique(return_counts=True)
         self.sizes = {Modality(m): n for m, n in zip(numbers.tolist(), counts.tolist(), strict=True)}
         self.order = torch.argsort(flat, stable=True)
@@ -186,7 +189,7 @@ def fake_quantized(
     Yields:
         The row index to set before each call of the block.
     """
-    rows = _Rows()
+    rows = _Rows({m for by in log_factors.values() for m in by} or {Modality.TEXT})
     originals = {Role(role): block.linear(Role(role)) for role in scheme.roles}
     group_of = {Role(role): group for group, roles in GROUPS.items() for role in roles}
     sources = {group: _SharedInput(logs, rows, scheme.activation) for group, logs in log_factors.items()}
@@ -207,7 +210,7 @@ def learn_factors(
     initial: Factors,
     data: BlockData,
     scheme: Scheme,
-    config: LearnedModalitySmoothing,
+    config: LearnedSmoothing,
     *,
     seed: int,
 ) -> LearnedFactors:
@@ -225,7 +228,6 @@ def learn_factors(
     Raises:
         NumericalError: the loss is NaN or infinite; the message names the block.
     """
-    started = time.perf_counter()
     weights = {Modality[key.upper()]: value for key, value in config.loss_weights.items()}
     logs = {g: {m: f.float().log().requires_grad_() for m, f in by.items()} for g, by in initial.items()}
     parameters = [log for by in logs.values() for log in by.values()]
@@ -255,7 +257,6 @@ def learn_factors(
         initial_loss=initial_loss,
         final_loss=initial_loss if reverted else final_loss,
         reverted=reverted,
-        seconds=time.perf_counter() - started,
         outputs=initial_outputs if reverted else final_outputs,
     )
 
@@ -281,7 +282,7 @@ def _train(
     parameters: list[torch.Tensor],
     num_batches: int,
     name: str,
-    config: LearnedModalitySmoothing,
+    config: LearnedSmoothing,
     seed: int,
 ) -> None:
     """Adam with a cosine decay to zero over all steps."""

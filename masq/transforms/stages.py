@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
     from masq.calibration.statistics import GroupStatistics
     from masq.models.base import BlockAdapter
-    from masq.transforms.config import LearnedModalitySmoothing, ModalitySmoothing, NoSmoothing, SharedSmoothing
+    from masq.transforms.config import (
+        LearnedModalitySmoothing,
+        LearnedSharedSmoothing,
+        ModalitySmoothing,
+        NoSmoothing,
+        SharedSmoothing,
+    )
 
 
 @dataclass(frozen=True)
@@ -86,12 +92,25 @@ def fit_modality(
     )
 
 
+def fit_shared_start(
+    block: BlockAdapter, statistics: Mapping[str, GroupStatistics], config: LearnedSharedSmoothing
+) -> SmoothingPlan:
+    """The shared factor as that of text alone, which every other modality without one of its own takes."""
+    return SmoothingPlan(
+        {
+            group: {Modality.TEXT: shared_factor(statistics[group], group_weights(block, group), config.alpha)}
+            for group in config.groups
+        }
+    )
+
+
 SMOOTHING: Registry[Callable[..., SmoothingPlan]] = Registry("smoothing stage")
 SMOOTHING.register("none", fit_none)
 SMOOTHING.register("shared", fit_shared)
 SMOOTHING.register("modality", fit_modality)
 # Learning starts from the closed form; ``masq.transforms.learned`` does the rest.
 SMOOTHING.register("modality_learned", fit_modality)
+SMOOTHING.register("shared_learned", fit_shared_start)
 
 
 @torch.no_grad()

@@ -18,7 +18,13 @@ from masq.numerics.sqnr import token_sqnr
 from masq.pipeline import loop
 from masq.pipeline.store import ALL_ROLES, BlockStore, block_tensors
 from masq.rounding.config import GptqRounding
-from masq.transforms.config import LearnedModalitySmoothing, ModalitySmoothing, NoSmoothing, SharedSmoothing
+from masq.transforms.config import (
+    LearnedModalitySmoothing,
+    LearnedSharedSmoothing,
+    ModalitySmoothing,
+    NoSmoothing,
+    SharedSmoothing,
+)
 from masq.transforms.stages import SmoothingPlan, apply_folds, fit_shared
 from tests.nano_fixtures import METHODS, Nano, make_nano, nano_model, stages  # noqa: F401
 
@@ -147,6 +153,27 @@ def test_text_only_masquant_is_mas(tmp_path: Path) -> None:
         results.append(state(nano))
         (tmp_path / "shared" / "blocks").rename(tmp_path / method)
     assert same(*results)
+
+
+def test_text_only_masquant_is_learned_smoothquant(tmp_path: Path) -> None:
+    """With one modality, modality-aware smoothing is learned shared smoothing."""
+    results = []
+    for smoothing in (LearnedModalitySmoothing(epochs=2), LearnedSharedSmoothing(epochs=2)):
+        nano = make_nano(kinds=((),))
+        quantize(nano, tmp_path / smoothing.kind, "masquant", smoothing=smoothing)
+        results.append(state(nano))
+    assert same(*results)
+
+
+def test_learned_shared_smoothing_is_one_factor_that_lowers_the_loss(tmp_path: Path) -> None:
+    nano = make_nano()
+    report = quantize(nano, tmp_path, "rtn", smoothing=LearnedSharedSmoothing(epochs=3))
+    assert all(block["final_loss"] < block["initial_loss"] for block in report.blocks)
+    table = nano.adapter.blocks()[0].linear(Role.QUERY).inverse_smoothing
+    assert torch.equal(table[0], table[1])
+    assert torch.equal(table[0], table[2])
+    modality_aware = quantize(make_nano(), tmp_path / "mas", "mas", smoothing=LearnedModalitySmoothing(epochs=3))
+    assert modality_aware.blocks[0]["final_loss"] < report.blocks[0]["final_loss"]
 
 
 def test_mas_and_masquant_share_factors(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def make_record(method: str, value: float = 0.5, *, scheme: str = "w4a6", **conf
         {
             "model": {"name": "smol_omni", "source": "zoo:smol_omni"},
             "modality": {"name": "tri"},
-            "method": {"name": method},
+            "method": {"name": method, "rounding": {"kind": "none" if method == "none" else "nearest"}},
             "scheme": {"name": scheme},
             "calibration": {"samples_per_task": 32},
             "preset": "demo",

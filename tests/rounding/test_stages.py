@@ -37,5 +37,19 @@ def test_every_stage_returns_codes_of_the_format() -> None:
 def test_gptq_without_a_token_to_look_at_is_a_typed_result() -> None:
     weight, fmt = torch.randn(5, 12).double(), TensorFormat(4)
     rounded = ROUNDING.get("gptq")(weight, fmt, GptqRounding(tokens="text"), None)
-    assert rounded.fallback == "no calibration token to round against"
+    assert rounded.fallback == "rounded to nearest, no calibration token to round against"
     assert torch.equal(rounded.weight.codes, quantize(weight, fmt).codes)
+
+
+def test_gptq_tells_what_it_did_otherwise_than_asked() -> None:
+    weight, fmt = torch.randn(5, 12, generator=torch.Generator().manual_seed(0)).double(), TensorFormat(4)
+    gptq = ROUNDING.get("gptq")
+    dead = torch.eye(12, dtype=torch.float64)
+    dead[3, 3] = 0
+    assert gptq(weight, fmt, GptqRounding(), dead).fallback == "1 input channels never active, rounded to nearest"
+    # Indefinite by more than the configured damping, by less than ten times it.
+    indefinite = torch.eye(12, dtype=torch.float64)
+    indefinite[0, 1] = indefinite[1, 0] = 1.05
+    assert gptq(weight, fmt, GptqRounding(), indefinite).fallback == "damping raised to 0.1"
+    zero = torch.zeros(12, 12, dtype=torch.float64)
+    assert gptq(weight, fmt, GptqRounding(), zero).fallback == "rounded to nearest, singular Hessian"
