@@ -47,7 +47,7 @@ class MethodConfig:
     Attributes:
         name: shown in tables and folder names.
         description: one line, shown by ``masq plan``.
-        rotation: exact rewrite of the residual stream.
+        rotation: exact rewrite of the basis of the residual stream, of heads, and of what ``down`` reads.
         smoothing: exact rewrite that moves scale from activations into weights.
         rounding: from float weights to integers; ``none`` leaves the model as it was loaded.
         compensation: correction of the error that is left.
@@ -233,8 +233,8 @@ def identity(config: RunConfig, hashes: Mapping[str, Any]) -> str:
 def folder_name(config: RunConfig, key: str) -> str:
     """Name of the run's folder: what a human looks for, then enough of the identity ``key`` to be unique."""
     scheme = "float" if config.method.is_float else config.scheme.name
-    parts = (config.model.name, config.modality.name, scheme, config.method.name, key[:10])
-    return "-".join(re.sub(r"[^\w.+=]+", "_", part) for part in parts)
+    names = (config.model.name, config.modality.name, scheme, config.method.name)
+    return "-".join([*(re.sub(r"[^\w.+=-]+", "_", name) for name in names), key[:10]])
 
 
 def run_folder(config: RunConfig, key: str) -> Path:
@@ -298,15 +298,17 @@ def _check_formats(config: RunConfig) -> None:
             value=f"groups {', '.join(smoothing.groups)}, quantized roles {', '.join(config.scheme.roles)}",
             remedy="choose other groups or roles, or method.smoothing=modality or shared",
         )
-    if config.model.architecture is not None:
+    # The sizes of a local checkpoint are read from it, and checked, when the run begins.
+    if config.model.architecture is not None and not Path(config.model.source).expanduser().is_dir():
         check_sizes(config, config.model.architecture)
 
 
 def check_sizes(config: RunConfig, architecture: Architecture) -> None:
-    """Check groups and ranks against the sizes of the model.
+    """Check groups, rotations and ranks against the sizes of the model.
 
     Raises:
-        ConfigError: a group size that does not divide, or a rank above what a linear has.
+        ConfigError: a group size that does not divide, a rotation of a size that has no Hadamard matrix, or a rank
+            above what a linear has.
     """
     if config.method.is_float:
         return

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from masq.config import RunConfig, active_modalities, folder_name, notes
+from masq.config import RunConfig, active_modalities, check_sizes, folder_name, notes
 from masq.models.architecture import architecture, count_parameters, input_sizes, linear_shapes
 from masq.models.config import Architecture
 from masq.numerics.scheme import GROUP_ROLES, GroupName
@@ -71,6 +71,7 @@ def plan(config: RunConfig) -> Plan:
         ModelError: a local checkpoint folder is missing or holds no readable config.json.
     """
     sizes = architecture(config.model)
+    check_sizes(config, sizes)
     shapes = linear_shapes(sizes)
     quantized = [] if config.method.is_float else [shapes[role] for role in config.scheme.roles]
     stored = _stored_bits(config, sizes, shapes)

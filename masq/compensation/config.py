@@ -28,7 +28,7 @@ class WhitenedLowRank:
         rank: absolute rank; 0 is legal and means no correction.
         damping: added to the eigenvalues of C_m, relative to their mean.
         whiten: False fits the plain weight error (ordinary SVD), as an ablation.
-        activations: which chain's activations are behind C_m.
+        activations: which chain's activations are behind the second moments: C_m, and a rounding stage's Hessian.
         groups: the groups of linears that are corrected.
         gauge: the scale of each modality's smoothing factor, which the activations' per-token scales hide but the
             weight error W s_m - Q(W s_text) does not: ``given`` keeps what smoothing found (the paper), ``text``

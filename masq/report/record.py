@@ -29,7 +29,10 @@ _VOLATILE_KEYS = frozenset({"started", "finished", "seconds", "memory_bytes", "p
 
 
 class ScoreEntry(TypedDict):
-    """One score. ``standard_error`` is null where none is defined (one sample)."""
+    """One score, of ``n`` samples. ``standard_error`` is null where none is defined (one sample).
+
+    Besides these a record holds ``metric``, its name, and ``valid``, false if too many answers failed.
+    """
 
     value: float
     n: int
@@ -42,13 +45,15 @@ class RunRecord:
     """One run; also the schema of ``record.json``, version 1.
 
     Attributes:
-        identity: SHA-256 of the resolved configuration and the data; equal identities mean the same experiment.
+        identity: SHA-256 of the resolved configuration, the data and the weights; equal identities mean the same
+            experiment.
         config: the resolved configuration; ``config["method"]["name"]`` and ``config["scheme"]["name"]`` name the cell.
         provenance: where the numbers come from, see `masq.report.provenance`; ``earlier_sessions`` lists the programs
             that worked on the run before it was resumed.
         status: ``finished`` or ``failed`` (``running`` only in memory, before the end is known).
         scores: task -> metric -> `ScoreEntry`.
-        health: task -> counts of answers that are ``empty``, ``truncated`` or ``repeating``, and ``n``.
+        health: task -> counts of answers that are ``empty``, ``truncated``, ``repeating`` or any of it (``failed``),
+            and ``n``.
         fidelity: what needs no labels: ``sqnr`` (text, vision, audio; dB against the float model, capped at 200),
             ``kl`` and ``nll`` (nats per answer token, by the non-text modality of the sample: text, vision, audio,
             joint), and details.
@@ -57,7 +62,8 @@ class RunRecord:
         timings: seconds by stage.
         peak_memory_bytes: largest resident memory (and, on a GPU, the largest allocation) of the process.
         warnings: typed fallbacks, one sentence each; tables show them.
-        blocks: per decoder block: ``index``, SQNR on calibration tokens, losses, captured error.
+        blocks: per decoder block: ``index``, SQNR on calibration tokens of one batch per mix of modalities, losses,
+            captured error, and what a rounding stage gained or could not do.
         failure: null, or ``kind`` and ``message`` of the error that ended the run.
         schema_version: version of this schema.
     """
