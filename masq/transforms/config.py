@@ -140,9 +140,7 @@ class LearnedModalitySmoothing:
         Raises:
             ConfigError: alpha, epochs, learning rate or loss weights out of range; all loss weights zero.
         """
-        _check(self.alpha, self.groups)
-        _check_learning(self.epochs, self.learning_rate)
-        _check_loss_weights(self.loss_weights)
+        _check_learned(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,19 +170,16 @@ class LearnedSharedSmoothing:
         Raises:
             ConfigError: alpha, epochs, learning rate or loss weights out of range; all loss weights zero.
         """
-        _check(self.alpha, self.groups)
-        _check_learning(self.epochs, self.learning_rate)
-        _check_loss_weights(self.loss_weights)
+        _check_learned(self)
 
 
-def _check_learning(epochs: int, learning_rate: float) -> None:
-    if epochs < 0:
-        raise ConfigError("epochs must not be negative", value=epochs)
-    if not 0 < learning_rate < float("inf"):
-        raise ConfigError("learning_rate must be positive and finite", value=learning_rate)
-
-
-def _check_loss_weights(loss_weights: Mapping[LossKey, float]) -> None:
+def _check_learned(config: LearnedSmoothing) -> None:
+    _check(config.alpha, config.groups)
+    if config.epochs < 0:
+        raise ConfigError("epochs must not be negative", value=config.epochs)
+    if not 0 < config.learning_rate < float("inf"):
+        raise ConfigError("learning_rate must be positive and finite", value=config.learning_rate)
+    loss_weights = config.loss_weights
     weights = loss_weights.values()
     if set(loss_weights) != set(_unit_weights()):
         raise ConfigError("loss_weights must give text, vision and audio", value=dict(loss_weights))
