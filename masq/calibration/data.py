@@ -1,7 +1,7 @@
 """Samples from Parquet files: drawn by seed and task, hashed by content, batched in a fixed way.
 
-A file has the columns ``id``, ``task``, ``question``, ``answer`` (text), and ``image`` and ``audio`` (encoded bytes or
-null).
+A file has the columns ``id``, ``task``, ``question``, ``answer`` (text), ``image`` and ``audio`` (encoded bytes or
+null), and may have ``choices`` (a list of texts or null).
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from masq.errors import DataError, suggestion
-from masq.models.base import Modality, Sample, combined_hash
+from masq.models.sample import Modality, Sample, combined_hash
 
 if TYPE_CHECKING:
     import pyarrow
 
 TEXT_COLUMNS = ("id", "task", "question", "answer")
 MEDIA_COLUMNS = ("image", "audio")
+CHOICES = "choices"
 
 # Decoding every image and waveform again for each cell of a sweep would cost seconds; keys hold no media.
 _CONTENT_HASHES: dict[tuple[bytes, ...], dict[str, str]] = {}
@@ -127,7 +128,8 @@ def content_hashes(sample: Sample) -> dict[str, str]:
         DataError: the image or the audio cannot be decoded.
     """
     media = (b"-" if one is None else hashlib.sha256(one).digest() for one in (sample.image, sample.audio))
-    key = (*media, sample.question.encode(), sample.answer.encode())
+    texts = (sample.question, sample.answer, *sample.choices)
+    key = (*media, *(text.encode() for text in texts))
     if key not in _CONTENT_HASHES:
         _CONTENT_HASHES[key] = sample.content_hashes()
     return _CONTENT_HASHES[key]
@@ -149,7 +151,7 @@ def check_disjoint(calibration: Iterable[Sample], evaluation: Iterable[Sample]) 
     """Check that no evaluation sample is shown in calibration, whatever its id, container format or question.
 
     An image or a sound counts by itself: asking about it in other words does not make it unseen. Samples without
-    media are compared by question and answer.
+    media are compared by question and answer; a context counts by itself, whatever choices follow it.
 
     Raises:
         DataError: which ones are.
@@ -173,7 +175,7 @@ def check_disjoint(calibration: Iterable[Sample], evaluation: Iterable[Sample]) 
 
 
 def _guarded(sample: Sample) -> list[str]:
-    """Hashes that must not occur in another split: of the media, or of the text where there are none."""
+    """Hashes that must not occur in another split: of media and contexts, or of the text where there are none."""
     hashes = dict(content_hashes(sample))
     text = hashes.pop("text")
     return list(hashes.values()) or [text]
@@ -193,7 +195,7 @@ def _read(path: Path) -> list[Sample]:
 def _read_columns(path: Path) -> dict[str, list[Any]]:
     from pyarrow import ArrowException, parquet
 
-    names = (*TEXT_COLUMNS, *MEDIA_COLUMNS)
+    names = [*TEXT_COLUMNS, *MEDIA_COLUMNS]
     if not path.is_file():
         value = "a folder" if path.exists() else "no such file"
         raise DataError(f"cannot read {path}", value=value, remedy="give the path of a Parquet file")
@@ -201,7 +203,8 @@ def _read_columns(path: Path) -> dict[str, list[Any]]:
         # A file handle of its own: given a path, Arrow would look for a data set of several files around it.
         with path.open("rb") as file, parquet.ParquetFile(file) as opened:
             _require_columns(path, opened.schema_arrow)
-            table = opened.read(columns=list(names))
+            names += [CHOICES] if CHOICES in opened.schema_arrow.names else []
+            table = opened.read(columns=names)
     except (ArrowException, OSError) as error:
         raise DataError(
             f"{path} must be a complete Parquet file",
@@ -215,27 +218,49 @@ def _read_columns(path: Path) -> dict[str, list[Any]]:
             raise DataError(
                 f"{path}: column {name} must have no null", value=f"row {row}", remedy="write the file again"
             )
+    if CHOICES in columns:
+        columns[CHOICES] = _choices(path, columns[CHOICES])
     return columns
 
 
+def _choices(path: Path, lists: Sequence[list[str | None] | None]) -> list[tuple[str, ...]]:
+    """Choices by row, none where the column is null or empty."""
+    row = next((row for row, choices in enumerate(lists) if None in (choices or ())), None)
+    if row is not None:
+        raise DataError(f"{path}: no choice may be null", value=f"row {row}", remedy="write the file again")
+    return [tuple(choice for choice in choices or () if choice is not None) for choices in lists]
+
+
 def _require_columns(path: Path, schema: pyarrow.Schema) -> None:
-    """Check that every column is there and holds text or bytes."""
+    """Check that every column is there, but for choices, and holds text, bytes or lists of texts."""
+    required = (*TEXT_COLUMNS, *MEDIA_COLUMNS)
+    for name in (*required, CHOICES):
+        if name in schema.names:
+            wanted, fitting = _column_type(name, schema.field(name).type)
+            if not fitting:
+                raise DataError(
+                    f"{path}: column {name} must be {wanted}",
+                    value=schema.field(name).type,
+                    remedy="write the file again",
+                )
+        elif name in required:
+            raise DataError(
+                f"{path} must have the column {name}",
+                value=f"columns {', '.join(schema.names)}",
+                remedy=f"write it with {', '.join(required)}",
+            )
+
+
+def _column_type(name: str, kind: pyarrow.DataType) -> tuple[str, bool]:
+    """What the column ``name`` must hold, and whether ``kind`` is that. A column that may be null may be all null."""
     from pyarrow import types
 
     def is_text(kind: pyarrow.DataType) -> bool:
         return types.is_string(kind) or types.is_large_string(kind)
 
-    def is_media(kind: pyarrow.DataType) -> bool:
-        return types.is_binary(kind) or types.is_large_binary(kind) or types.is_null(kind)
-
-    for name in (*TEXT_COLUMNS, *MEDIA_COLUMNS):
-        if name not in schema.names:
-            raise DataError(
-                f"{path} must have the column {name}",
-                value=f"columns {', '.join(schema.names)}",
-                remedy=f"write it with {', '.join((*TEXT_COLUMNS, *MEDIA_COLUMNS))}",
-            )
-        kind = schema.field(name).type
-        if not (is_media if name in MEDIA_COLUMNS else is_text)(kind):
-            wanted = "binary" if name in MEDIA_COLUMNS else "string"
-            raise DataError(f"{path}: column {name} must be {wanted}", value=kind, remedy="write the file again")
+    if name in TEXT_COLUMNS:
+        return "string", is_text(kind)
+    if name in MEDIA_COLUMNS:
+        return "binary", types.is_binary(kind) or types.is_large_binary(kind) or types.is_null(kind)
+    is_list = types.is_list(kind) or types.is_large_list(kind)
+    return "a list of strings", types.is_null(kind) or (is_list and is_text(kind.value_type))

@@ -8,15 +8,16 @@ Shapes: B batch, T tokens, d hidden size.
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from enum import IntEnum, StrEnum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from masq.errors import ModelError
+from masq.models.sample import Modality as Modality
+from masq.models.sample import Sample as Sample
 from masq.models.tokens import real_tokens
 from masq.numerics.hadamard import rotate_back
 from masq.numerics.scheme import GROUP_ROLES
@@ -26,14 +27,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-
-class Modality(IntEnum):
-    """What a token carries; the value is the id stored in int8 modality tensors."""
-
-    PADDING = -1
-    TEXT = 0
-    VISION = 1
-    AUDIO = 2
+    from masq.models.choices import ChoiceBatch
 
 
 class Role(StrEnum):
@@ -50,79 +44,6 @@ class Role(StrEnum):
 
 GROUPS: dict[str, tuple[Role, ...]] = {group: tuple(map(Role, roles)) for group, roles in GROUP_ROLES.items()}
 """Linears that read the same input, by group name, in the order in which a block computes them."""
-
-
-def combined_hash(parts: Mapping[str, str]) -> str:
-    """One sha256 of the hashes of several named parts."""
-    return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in sorted(parts.items())).encode()).hexdigest()
-
-
-def _labelled_hash(label: str, content: bytes) -> str:
-    digest = hashlib.sha256(f"{label}:{len(content)}:".encode())
-    digest.update(content)
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One question and its answer, with encoded media.
-
-    Attributes:
-        id: unique within a data set.
-        task: name of the task that scores it.
-        question: text shown to the model; empty for prose.
-        answer: the expected answer; for prose the passage itself.
-        image: an encoded picture (PNG), or None.
-        audio: an encoded waveform (FLAC or WAV), or None.
-    """
-
-    id: str
-    task: str
-    question: str
-    answer: str
-    image: bytes | None = None
-    audio: bytes | None = None
-
-    @property
-    def is_prose(self) -> bool:
-        """Whether the sample is a plain passage, encoded without a chat template."""
-        return not self.question and self.image is None and self.audio is None
-
-    @property
-    def modalities(self) -> frozenset[Modality]:
-        """Modalities of its tokens (text always)."""
-        media = {Modality.VISION: self.image, Modality.AUDIO: self.audio}
-        return frozenset({Modality.TEXT, *(modality for modality, data in media.items() if data is not None)})
-
-    def content_hashes(self) -> dict[str, str]:
-        """sha256 of each part that the model is shown: ``image``, ``audio`` (where there is one) and ``text``.
-
-        The container does not matter: an image is its RGB bytes and size, a sound its float32 waveform and rate, the
-        text question and answer.
-
-        Raises:
-            DataError: the image or the audio cannot be decoded.
-        """
-        from masq.models.prompts import decode_image, decode_waveform
-
-        hashes = {}
-        if self.image is not None:
-            picture = decode_image(self)
-            hashes["image"] = _labelled_hash(f"image {picture.width}x{picture.height}", picture.tobytes())
-        if self.audio is not None:
-            waveform, rate = decode_waveform(self)
-            hashes["audio"] = _labelled_hash(f"audio {rate}", waveform.tobytes())
-        question = self.question.encode()
-        hashes["text"] = _labelled_hash(f"question {len(question)}", question + self.answer.encode())
-        return hashes
-
-    def content_hash(self) -> str:
-        """sha256 of all parts of ``content_hashes`` together.
-
-        Raises:
-            DataError: the image or the audio cannot be decoded.
-        """
-        return combined_hash(self.content_hashes())
 
 
 @dataclass
@@ -332,12 +253,17 @@ class ModelAdapter(ABC):
         plain text. Answers are tokenized apart and appended with the end token, so a prompt's tokens do not depend on
         whether its answer follows.
 
+        A sample with choices is read as plain text too: the context, then a space and the right choice, no end token.
+        Context and choice are tokenized apart, the space with the choice. Byte-level tokenizers begin a new piece at a
+        space, so this gives the same tokens as the text in one piece.
+
         Args:
             samples: at least one.
             with_answer: append the answer and the end token.
 
         Returns:
-            The batch; ``answer_mask`` marks the answer and its end token, or all but the first token of prose.
+            The batch; ``answer_mask`` marks the answer and its end token, all but the first token of prose, or the
+            right choice.
 
         Raises:
             ModelError: a sample carries a modality that the model does not take.
@@ -346,6 +272,24 @@ class ModelAdapter(ABC):
         from masq.models import prompts
 
         return prompts.encode(self, samples, with_answer=with_answer)
+
+    def encode_choices(self, samples: Sequence[Sample]) -> ChoiceBatch:
+        """Turn samples with choices into one left-padded batch in which every choice follows its context.
+
+        The context is read once and no choice sees another, so each choice has the likelihood that it has alone.
+
+        Args:
+            samples: at least one, all with choices.
+
+        Returns:
+            The batch, on the model's device.
+
+        Raises:
+            DataError: no samples, a sample without choices, or a placeholder token inside a text.
+        """
+        from masq.models import choices
+
+        return choices.encode(self, samples)
 
     def generate(self, batch: EncodedBatch, max_new_tokens: int) -> list[list[int]]:
         """Greedy answers, with the KV cache; media placeholders are never generated.

@@ -86,32 +86,41 @@ def encode(adapter: ModelAdapter, samples: Sequence[Sample], *, with_answer: boo
     if with_answer:
         _append_answers(adapter, samples, rows, scored)
     inputs = {
-        "input_ids": _left_pad(rows["input_ids"], adapter.pad_id, torch.int64),
-        "attention_mask": _left_pad([[1] * len(row) for row in rows["input_ids"]], 0, torch.int64),
+        "input_ids": left_pad(rows["input_ids"], adapter.pad_id, torch.int64),
+        "attention_mask": left_pad([[1] * len(row) for row in rows["input_ids"]], 0, torch.int64),
     }
     if "mm_token_type_ids" in rows:
-        inputs["mm_token_type_ids"] = _left_pad(rows["mm_token_type_ids"], 0, torch.int64)
+        inputs["mm_token_type_ids"] = left_pad(rows["mm_token_type_ids"], 0, torch.int64)
     inputs |= features
-    batch = EncodedBatch(inputs, adapter.modality_of(inputs), _left_pad(scored, fill=False, dtype=torch.bool))
+    batch = EncodedBatch(inputs, adapter.modality_of(inputs), left_pad(scored, fill=False, dtype=torch.bool))
     return batch.to(adapter.model.device)
 
 
 def _append_answers(
     adapter: ModelAdapter, samples: Sequence[Sample], rows: dict[str, list[list[int]]], scored: list[list[bool]]
 ) -> None:
-    """Append answer and end token, in place, to the rows that are questions."""
+    """Append, in place, answer and end token to the rows that are questions, and the right choice to contexts."""
     for index, sample in enumerate(samples):
         if sample.is_prose:
             continue
-        answer = adapter.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
-        answer = [*answer, adapter.tokenizer.eos_token_id]
+        if sample.choices:
+            answer = choice_ids(adapter, sample.answer)
+        else:
+            answer = adapter.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
+            answer = [*answer, adapter.tokenizer.eos_token_id]
         rows["input_ids"][index] += answer
         scored[index] += [True] * len(answer)
         if "mm_token_type_ids" in rows:
             rows["mm_token_type_ids"][index] += [0] * len(answer)
 
 
-def _left_pad(rows: Sequence[Sequence[int]], fill: int, dtype: torch.dtype) -> torch.Tensor:
+def choice_ids(adapter: ModelAdapter, choice: str) -> list[int]:
+    """Tokens of a choice as it follows its context: the space between them is the choice's."""
+    return adapter.tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
+
+
+def left_pad(rows: Sequence[Sequence[int]], fill: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of mixed lengths as one tensor [rows, longest], filled on the left."""
     width = max(len(row) for row in rows)
     return torch.tensor([[fill] * (width - len(row)) + list(row) for row in rows], dtype=dtype)
 
@@ -128,7 +137,8 @@ def _check(adapter: ModelAdapter, samples: Sequence[Sample]) -> None:
                 + ", ".join(modality.name.lower() for modality in adapter.modalities),
                 remedy="choose another model, or leave such samples out (modality=dual)",
             )
-        found = [name for name in names if name in sample.question or name in sample.answer]
+        texts = (sample.question, sample.answer, *sample.choices)
+        found = [name for name in names if any(name in text for text in texts)]
         if found:
             raise DataError(
                 "a text must not contain a media placeholder token",
@@ -159,6 +169,8 @@ def _process(adapter: ModelAdapter, samples: Sequence[Sample]) -> dict[str, torc
 def _prompt(adapter: ModelAdapter, sample: Sample) -> str:
     if sample.is_prose:
         return sample.answer
+    if sample.choices:
+        return sample.question
     content: list[dict[str, str]] = []
     if sample.image is not None:
         content.append({"type": "image"})

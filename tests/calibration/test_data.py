@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -259,3 +260,66 @@ def test_texts_are_compared_where_there_are_no_media() -> None:
 def test_long_overlaps_are_cut() -> None:
     with pytest.raises(DataError, match=r"and 35 more"):
         data.check_disjoint(SAMPLES, SAMPLES)
+
+
+CHOICE = Sample("choice-1", "choice", "The cat", "sat", choices=("flew", "sat"))
+WITH_CHOICES = [make("digits", 1), CHOICE, make("prose", 1)]
+
+
+def write_choices(path: Path, lists: list[Any], kind: pa.DataType | None = None) -> Path:
+    """WITH_CHOICES with another column ``choices``."""
+    rows = [{name: getattr(sample, name) for name in SCHEMA.names} for sample in WITH_CHOICES]
+    kind = pa.list_(pa.string()) if kind is None else kind
+    table = pa.Table.from_pylist(rows, schema=SCHEMA).append_column(data.CHOICES, pa.array(lists, kind))
+    parquet.write_table(table, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.string()), pa.large_list(pa.large_string())])
+@pytest.mark.parametrize("none", [None, []])
+def test_choices_are_an_optional_column_of_lists(tmp_path: Path, kind: pa.DataType, none: Any) -> None:
+    file = write_choices(tmp_path / "data.parquet", [none, ["flew", "sat"], none], kind)
+    loaded = data.load_samples(file)
+    assert loaded == WITH_CHOICES
+    assert [sample.choices for sample in loaded] == [(), ("flew", "sat"), ()]
+    assert data.load_samples(file, modalities=("text",)) == WITH_CHOICES[1:]
+
+
+def test_a_column_of_choices_may_be_null_or_absent(tmp_path: Path) -> None:
+    rows = [replace(sample, choices=()) for sample in WITH_CHOICES]
+    assert data.load_samples(write_choices(tmp_path / "a.parquet", [None] * 3, pa.null())) == rows
+    assert data.load_samples(write(tmp_path / "b.parquet", WITH_CHOICES)) == rows
+
+
+def test_wrong_choices_are_refused(tmp_path: Path) -> None:
+    def load(lists: list[Any], kind: pa.DataType | None = None) -> None:
+        data.load_samples(write_choices(tmp_path / "data.parquet", lists, kind))
+
+    with pytest.raises(DataError, match="column choices must be a list of strings"):
+        load(["a", "b", None], pa.string())
+    with pytest.raises(DataError, match="column choices must be a list of strings"):
+        load([None, [1, 2], None], pa.list_(pa.int64()))
+    with pytest.raises(DataError, match=r"no choice may be null \(got: row 1\)"):
+        load([None, ["sat", None], None])
+    with pytest.raises(DataError, match=r"answer must be among the choices \(got: sample choice-1: 'sat'\)"):
+        load([None, ["flew", "sits"], None])
+    with pytest.raises(DataError, match=r"text alone \(got: sample digits-test-1"):
+        load([["answer 1", "other"], None, None])
+
+
+def test_hashes_see_choices_and_the_cache_does_not_mix_them_up() -> None:
+    variants = [
+        CHOICE,
+        replace(CHOICE, choices=("sat", "flew")),
+        replace(CHOICE, choices=("flew", "sat", "ran")),
+        replace(CHOICE, choices=()),
+    ]
+    assert len({data.dataset_hash([sample]) for sample in variants}) == len(variants)
+
+
+def test_a_context_is_shown_whatever_follows_it() -> None:
+    with pytest.raises(DataError, match="e-0 = choice-1"):
+        data.check_disjoint(
+            [CHOICE], [replace(CHOICE, id="e-0", answer="slept", choices=("slept", "swam"), task="other")]
+        )
+    data.check_disjoint([CHOICE], [replace(CHOICE, id="e-1", question="The dog")])
