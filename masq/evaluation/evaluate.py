@@ -1,4 +1,4 @@
-"""Scores of one model on its tasks: answers where a task asks for them, likelihood where it does not."""
+"""Scores of one model on its tasks: answers where a task asks for them, likelihoods of texts where it does not."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from masq.calibration.data import batches as batches_of
 from masq.errors import DataError
 from masq.evaluation.batch_store import BatchStore, Progress, ProgressLog, named_batches, run_batches
 from masq.evaluation.generation import Answer, generate_answers, health
-from masq.evaluation.likelihood import answer_nll
-from masq.evaluation.scoring import ANSWER_METRICS, Score, perplexity
+from masq.evaluation.likelihood import answer_nll, choice_nll
+from masq.evaluation.scoring import ANSWER_METRICS, CHOICE_METRICS, Judged, Score, num_ties, perplexity
 from masq.evaluation.tasks import TASKS, check_tasks
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class EvaluationResult:
         scores: metric by task and name.
         health: per task with generated answers: ``n`` and how many are empty, truncated, repeating; ``failed`` counts
             those that are any of it.
-        warnings: one sentence for each score that is not valid.
+        warnings: one sentence for each score that is not valid, and for ties among choices.
     """
 
     scores: dict[str, dict[str, Score]] = field(default_factory=dict)
@@ -60,7 +60,7 @@ def evaluate(
 
     Raises:
         ConfigError: a task that no line of ``tasks.TASKS`` describes.
-        DataError: no samples at all.
+        DataError: no samples at all, or samples that their task cannot score.
     """
     if not samples:
         raise DataError("an evaluation needs at least one sample", value=0)
@@ -68,17 +68,21 @@ def evaluate(
     kinds = {task: TASKS.get(task) for task in dict.fromkeys(sample.task for sample in samples)}
     progress = progress or ProgressLog()
     batches = named_batches(batches_of(samples, config.batch_size))
-    generated, read = (
-        [batch for batch in batches if kinds[batch[1][0].task].mode == mode] for mode in ("generate", "likelihood")
+    generated, read, judged = (
+        [batch for batch in batches if kinds[batch[1][0].task].mode == mode]
+        for mode in ("generate", "likelihood", "choose")
     )
     answers = generate_answers(adapter, generated, config.max_new_tokens, folder / "answers", progress)
     likelihoods = _likelihoods(adapter, read, folder / "likelihood", progress)
+    choices = _choices(adapter, judged, folder / "choices", progress)
     by_id = {answer.id: answer for answer in answers}
     result = EvaluationResult()
     for task, kind in kinds.items():
         chosen = [sample for sample in samples if sample.task == task]
         if kind.mode == "generate":
             _score_answers(result, task, chosen, [by_id[sample.id] for sample in chosen], config.max_failure_share)
+        elif kind.mode == "choose":
+            _score_choices(result, task, chosen, [choices[sample.id] for sample in chosen])
         else:
             entries = [likelihoods[sample.id] for sample in chosen]
             score = perplexity([entry["nll"] for entry in entries], [entry["num_tokens"] for entry in entries])
@@ -100,6 +104,37 @@ def _likelihoods(
 
     entries = run_batches("likelihood", batches, compute, BatchStore(folder), progress)
     return {entry["id"]: entry for entry in entries}
+
+
+def _choices(
+    adapter: ModelAdapter, batches: Sequence[tuple[str, Sequence[Sample]]], folder: Path, progress: Progress
+) -> dict[str, list[float]]:
+    """Summed NLL of every choice by sample id."""
+
+    def compute(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+        nll = choice_nll(adapter, adapter.encode_choices(samples))
+        return [{"id": sample.id, "nll": values} for sample, values in zip(samples, nll, strict=True)]
+
+    entries = run_batches("choices", batches, compute, BatchStore(folder), progress)
+    return {entry["id"]: entry["nll"] for entry in entries}
+
+
+def _score_choices(
+    result: EvaluationResult, task: str, samples: Sequence[Sample], nll: Sequence[Sequence[float]]
+) -> None:
+    """Add scores and, if choices tie, a warning."""
+    judged = [
+        Judged(
+            tuple(-value for value in values),
+            tuple(len(choice.encode()) for choice in sample.choices),
+            sample.choices.index(sample.answer),
+        )
+        for sample, values in zip(samples, nll, strict=True)
+    ]
+    scores = [CHOICE_METRICS.get(name)(judged) for name in TASKS.get(task).metrics]
+    result.scores[task] = {score.metric: score for score in scores}
+    if ties := num_ties(judged):
+        result.warnings.append(f"{task}: {ties} of {len(judged)} samples have several best choices and count as wrong")
 
 
 def _score_answers(

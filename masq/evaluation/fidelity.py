@@ -23,7 +23,7 @@ from masq.evaluation.likelihood import (
     log_probabilities,
     picked,
     predicting_rows,
-    sum_by_sample,
+    sum_by_owner,
 )
 from masq.evaluation.scoring import ratio
 from masq.models.base import Modality
@@ -57,8 +57,9 @@ def fidelity(
     quantized chain, at most 200 dB (identical outputs); it is averaged over tokens, then over blocks. Padding is
     excluded, and so is the first real token of a sequence, reported apart.
 
-    NLL is that of the expected answer per token, end token included (for prose, of every token but the first); KL is
-    KL(float || quantized) at the same positions. Both are in nats and keyed by what else than text a sample holds.
+    NLL is that of the expected answer per token, end token included (for prose, of every token but the first; of
+    choices, the right one after its context); KL is KL(float || quantized) at the same positions. Both are in nats and
+    keyed by what else than text a sample holds.
 
     Args:
         reference: the float model.
@@ -200,7 +201,7 @@ def _likelihoods(
         sums["nll_float"].append(-picked(log_p, ids))
         sums["nll"].append(-picked(log_q, ids))
         sums["kl"].append((log_p.exp() * (log_p - log_q)).sum(1))
-    by_sample = {name: sum_by_sample(values, owners, batch) for name, values in sums.items()}
+    by_sample = {name: sum_by_owner(values, owners, len(batch.answer_mask)) for name, values in sums.items()}
     return {**{name: total for name, (total, _) in by_sample.items()}, "num_answer_tokens": by_sample["nll"][1]}
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from masq.models.base import EncodedBatch, ModelAdapter
+    from masq.models.choices import ChoiceBatch
 
 # Rows whose logits exist at one time: 64 rows of float64 over 150,000 words are 77 MB.
 ROWS_PER_CHUNK = 64
@@ -103,11 +104,32 @@ def answer_nll(adapter: ModelAdapter, batch: EncodedBatch) -> tuple[list[float],
     Returns:
         Nats and counts, each of length B.
     """
-    owners, targets = predicting_rows(batch)
+    owners, _ = predicting_rows(batch)
+    return sum_by_owner(_token_nll(adapter, batch), owners, len(batch.answer_mask))
+
+
+def choice_nll(adapter: ModelAdapter, batch: ChoiceBatch) -> list[list[float]]:
+    """Summed negative log-likelihood in nats of every choice after its context, by sample and choice.
+
+    Args:
+        adapter: the model.
+        batch: contexts with all their choices.
+
+    Returns:
+        One list per sample, in the order of its choices.
+    """
+    counts = torch.tensor([count for sample in batch.num_tokens for count in sample])
+    owners = torch.arange(len(counts)).repeat_interleave(counts)
+    sums = iter(sum_by_owner(_token_nll(adapter, batch.encoded), owners, len(counts))[0])
+    return [[next(sums) for _ in sample] for sample in batch.num_tokens]
+
+
+def _token_nll(adapter: ModelAdapter, batch: EncodedBatch) -> list[torch.Tensor]:
+    """Negative log-likelihoods, float64 [R] in chunks, of the answer tokens in reading order."""
+    _, targets = predicting_rows(batch)
     rows = head_inputs(adapter, batch)
     chunks = zip(log_probabilities(adapter, rows), targets.split(ROWS_PER_CHUNK), strict=True)
-    nll = [-picked(log_p, ids) for log_p, ids in chunks]
-    return sum_by_sample(nll, owners, batch)
+    return [-picked(log_p, ids) for log_p, ids in chunks]
 
 
 def picked(log_probability: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -115,20 +137,17 @@ def picked(log_probability: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return log_probability.gather(1, ids.unsqueeze(1)).squeeze(1)
 
 
-def sum_by_sample(
-    chunks: list[torch.Tensor], owners: torch.Tensor, batch: EncodedBatch
-) -> tuple[list[float], list[int]]:
-    """Sum row values by sample.
+def sum_by_owner(chunks: list[torch.Tensor], owners: torch.Tensor, size: int) -> tuple[list[float], list[int]]:
+    """Sum row values by what they belong to (a sample, a choice).
 
     Args:
         chunks: float64 values of consecutive rows, R in total.
-        owners: sample of each row, int64 [R].
-        batch: the batch they come from.
+        owners: number of the owner of each row, int64 [R].
+        size: how many owners there are.
 
     Returns:
-        Sums and numbers of rows, each of length B.
+        Sums and numbers of rows, each of length ``size``.
     """
-    size = batch.answer_mask.shape[0]
     # On the CPU, where the order of additions, and so the last bit, is fixed.
     owners = owners.cpu()
     values = torch.cat(chunks).cpu() if chunks else torch.zeros(0, dtype=torch.float64)

@@ -12,7 +12,7 @@ from typing import Any
 import jiwer
 import numpy as np
 
-from masq.errors import DataError
+from masq.errors import DataError, NumericalError
 from masq.registry import Registry
 
 NUM_RESAMPLES = 1000
@@ -62,9 +62,14 @@ def exact_match(answers: Sequence[str], references: Sequence[str]) -> Score:
         references: what was expected, in the same order; at least one.
     """
     hits = [normalise(answer) == normalise(reference) for answer, reference in zip(answers, references, strict=True)]
+    return _share(hits, "exact_match")
+
+
+def _share(hits: Sequence[bool], metric: str) -> Score:
+    """Share of hits; standard error sqrt(p (1 - p) / (n - 1))."""
     share, n = sum(hits) / len(hits), len(hits)
     error = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
-    return Score(share, n, error, "exact_match", higher_is_better=True)
+    return Score(share, n, error, metric, higher_is_better=True)
 
 
 def word_error_rate(answers: Sequence[str], references: Sequence[str]) -> Score:
@@ -151,6 +156,73 @@ def perplexity(nll: Sequence[float], num_tokens: Sequence[int]) -> Score:
     return Score(value, len(nll), scaled, "perplexity", higher_is_better=False)
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What a model thinks of the choices of one sample.
+
+    Attributes:
+        log_likelihoods: of each choice after its context, in nats.
+        num_bytes: length of each choice in UTF-8, without the space before it.
+        right: index of the right one.
+    """
+
+    log_likelihoods: tuple[float, ...]
+    num_bytes: tuple[int, ...]
+    right: int
+
+    @property
+    def per_byte(self) -> tuple[float, ...]:
+        """Log-likelihood of each choice divided by its length in bytes."""
+        return tuple(value / size for value, size in zip(self.log_likelihoods, self.num_bytes, strict=True))
+
+
+def preferred(values: Sequence[float]) -> int | None:
+    """Index of the largest value, None if several share it.
+
+    Raises:
+        NumericalError: a value is NaN or infinite, and so nothing is preferred.
+    """
+    if not all(math.isfinite(value) for value in values):
+        raise NumericalError("log-likelihoods must be finite", value=list(values), remedy="use a wider scheme")
+    best = max(values)
+    return None if list(values).count(best) > 1 else list(values).index(best)
+
+
+def accuracy(judged: Sequence[Judged]) -> Score:
+    """Share of samples whose right choice is more likely than every other; a tie counts as wrong.
+
+    Args:
+        judged: at least one sample.
+
+    Raises:
+        NumericalError: a log-likelihood is NaN or infinite.
+    """
+    return _share([preferred(one.log_likelihoods) == one.right for one in judged], "acc")
+
+
+def normalised_accuracy(judged: Sequence[Judged]) -> Score:
+    """``accuracy`` by log-likelihood per byte, so that a choice does not win by being short.
+
+    lm-eval's ``acc_norm`` counts characters, which is the same in ASCII.
+
+    Args:
+        judged: at least one sample.
+
+    Raises:
+        NumericalError: a log-likelihood is NaN or infinite.
+    """
+    return _share([preferred(one.per_byte) == one.right for one in judged], "acc_norm")
+
+
+def num_ties(judged: Sequence[Judged]) -> int:
+    """How many samples have several best choices, in total or per byte."""
+    return sum(None in (preferred(one.log_likelihoods), preferred(one.per_byte)) for one in judged)
+
+
 ANSWER_METRICS: Registry[Callable[[Sequence[str], Sequence[str]], Score]] = Registry("metric of answers")
 ANSWER_METRICS.register("exact_match", exact_match)
 ANSWER_METRICS.register("wer", word_error_rate)
+
+CHOICE_METRICS: Registry[Callable[[Sequence[Judged]], Score]] = Registry("metric of choices")
+CHOICE_METRICS.register("acc", accuracy)
+CHOICE_METRICS.register("acc_norm", normalised_accuracy)

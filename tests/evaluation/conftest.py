@@ -25,6 +25,18 @@ def make_samples(num: int = 3) -> list[Sample]:
     return samples + [Sample(f"prose-test-{index}", "prose", "", passages[index % 5]) for index in range(num)]
 
 
+CHOICES = [
+    Sample("c-0", "choice", "Once upon", "a time", choices=("a time", "the roof", "x")),
+    Sample("c-1", "choice", "In the beginning there", "was a word", choices=("were none", "was a word")),
+    Sample("c-2", "choice", "Call me", "Ishmael", choices=("back later", "Ishmael", "by any other name")),
+]
+
+
+@pytest.fixture
+def choices() -> list[Sample]:
+    return list(CHOICES)
+
+
 @pytest.fixture
 def samples() -> list[Sample]:
     return make_samples()

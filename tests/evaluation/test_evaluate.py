@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from masq.errors import ConfigError, DataError
 from masq.evaluation.config import EvaluationConfig
 from masq.evaluation.evaluate import EvaluationResult, evaluate
-from masq.evaluation.likelihood import answer_nll, head_inputs
+from masq.evaluation.likelihood import answer_nll, choice_nll, head_inputs
 from masq.models.base import ModelAdapter, Sample
 
 Make = Callable[..., ModelAdapter]
@@ -72,9 +72,58 @@ def test_scores_and_health_of_every_task(adapter: ModelAdapter, samples: list[Sa
     }
     assert list(result.health) == ["digits", "speech", "joint"]
     assert all(counts["n"] == 3 for counts in result.health.values())
-    assert seen == [("answers", done, 6) for done in range(7)] + [("likelihood", done, 2) for done in range(3)]
+    assert seen == [("answers", done, 6) for done in range(7)] + [
+        *(("likelihood", done, 2) for done in range(3)),
+        ("choices", 0, 0),
+    ]
     names = sorted(path.name for path in (tmp_path / "answers").iterdir())
     assert names == [f"{task}-{number:04d}.json" for task in ("digits", "joint", "speech") for number in range(2)]
+
+
+def test_choices_are_judged_as_if_each_were_alone(adapter: ModelAdapter, choices: list[Sample], tmp_path: Path) -> None:
+    expected = [
+        [sum(naive_nll(adapter, replace(sample, answer=choice))) for choice in sample.choices] for sample in choices
+    ]
+    found = choice_nll(adapter, adapter.encode_choices(choices))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    result = evaluate(adapter, choices, CONFIG, tmp_path)
+    assert list(result.scores["choice"]) == ["acc_norm", "acc"]
+    for metric, sizes in (("acc", [[1] * 3] * 3), ("acc_norm", [list(map(len, one.choices)) for one in choices])):
+        right = [
+            sample.answer == sample.choices[min(range(len(nll)), key=lambda i: nll[i] / size[i])]  # noqa: B023
+            for sample, nll, size in zip(choices, expected, sizes, strict=True)
+        ]
+        score = result.scores["choice"][metric]
+        assert (score.value, score.n, score.metric) == (sum(right) / 3, 3, metric)
+    assert not result.health and not result.warnings
+    assert sorted(path.name for path in (tmp_path / "choices").iterdir()) == ["choice-0000.json", "choice-0001.json"]
+
+
+def test_a_model_without_preferences_is_wrong_and_said_to_be(adapter: ModelAdapter, tmp_path: Path) -> None:
+    with torch.no_grad():
+        adapter.head().weight.zero_()
+    flat = [
+        Sample("a", "choice", "c", "xy", choices=("xy", "zz")),
+        Sample("b", "choice", "c", "xy", choices=("z", "xy")),
+    ]
+    result = evaluate(adapter, flat, CONFIG, tmp_path)
+    assert {name: score.value for name, score in result.scores["choice"].items()} == {"acc_norm": 0.5, "acc": 0.0}
+    assert result.warnings == ["choice: 1 of 2 samples have several best choices and count as wrong"]
+
+
+def test_choices_resume_bit_identical(adapter: ModelAdapter, choices: list[Sample], tmp_path: Path) -> None:
+    def killed(name: str, done: int, _total: int) -> None:
+        if (name, done) == ("choices", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(adapter, choices, CONFIG, tmp_path / "killed", killed)
+    assert len(list((tmp_path / "killed" / "choices").iterdir())) == 1
+    resumed = asdict(evaluate(adapter, choices, CONFIG, tmp_path / "killed"))
+    assert resumed == asdict(evaluate(adapter, choices, CONFIG, tmp_path / "undisturbed"))
+    name = "choices/choice-0001.json"
+    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
 
 class Parrot:

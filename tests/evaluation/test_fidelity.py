@@ -12,7 +12,7 @@ import torch
 from masq.calibration.data import batches
 from masq.errors import DataError, NumericalError
 from masq.evaluation.fidelity import fidelity, sample_kind, summarize, token_groups
-from masq.evaluation.likelihood import ROWS_PER_CHUNK, answer_nll
+from masq.evaluation.likelihood import ROWS_PER_CHUNK, answer_nll, choice_nll
 from masq.models.base import EncodedBatch, Modality, ModelAdapter, Role, Sample
 from masq.modules.modality import install
 from masq.modules.quant_linear import QuantLinear
@@ -174,6 +174,18 @@ def test_token_groups_leave_out_padding_and_the_first_real_token() -> None:
 def test_sample_kinds(samples: list[Sample]) -> None:
     assert {sample.task: sample_kind(sample) for sample in samples} == KINDS
     assert sample_kind(Sample("q", "chat", "why?", "because")) == "text"
+
+
+def test_choices_count_by_the_right_one(make_model: Make, choices: list[Sample], tmp_path: Path) -> None:
+    reference, quantized = make_model(), make_model(noise=0.1)
+    result = fidelity(reference, quantized, batches(choices, 2), tmp_path)
+    num_tokens = sum(1 + len(sample.answer) for sample in choices)  # one token per byte
+    assert result["num_answer_tokens"] == {"text": num_tokens}
+    expected = [
+        choice_nll(reference, reference.encode_choices([sample]))[0][sample.choices.index(sample.answer)]
+        for sample in choices
+    ]
+    assert result["nll_float"]["text"] == pytest.approx(sum(expected) / num_tokens, rel=1e-5)
 
 
 def num_hooks(adapter: ModelAdapter) -> int:

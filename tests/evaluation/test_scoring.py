@@ -8,8 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from masq.errors import ConfigError, DataError
-from masq.evaluation.scoring import ANSWER_METRICS, exact_match, normalise, perplexity, ratio, word_error_rate
+from masq.errors import ConfigError, DataError, NumericalError
+from masq.evaluation.scoring import (
+    ANSWER_METRICS,
+    CHOICE_METRICS,
+    Judged,
+    accuracy,
+    exact_match,
+    normalise,
+    normalised_accuracy,
+    num_ties,
+    perplexity,
+    ratio,
+    word_error_rate,
+)
 from masq.evaluation.tasks import TASKS
 
 
@@ -141,13 +153,68 @@ def test_ratio_error_agrees_with_a_bootstrap() -> None:
 def test_every_task_names_known_metrics() -> None:
     for name in TASKS.names():
         kind = TASKS.get(name)
-        known = ANSWER_METRICS.names() if kind.mode == "generate" else ["perplexity"]
+        known = {
+            "generate": ANSWER_METRICS.names(),
+            "likelihood": ["perplexity"],
+            "choose": CHOICE_METRICS.names(),
+        }[kind.mode]
         assert kind.metrics
         assert set(kind.metrics) <= set(known)
 
 
 def test_tasks_of_the_embedded_data() -> None:
-    assert TASKS.names() == ["digits", "joint", "prose", "read", "speech"]
+    new = {"read", "digits", "sum", "table", "speech", "same", "larger", "ask", "manual", "tale", "choice"}
+    assert set(TASKS.names()) == new | {"joint", "prose"}
     assert TASKS.get("speech").metrics == ("exact_match", "wer")
+    assert TASKS.get("choice").metrics == ("acc_norm", "acc")
+    assert TASKS.get("table").metrics == ("exact_match",)
+    assert TASKS.get("manual") == TASKS.get("tale") == TASKS.get("prose")
     with pytest.raises(ConfigError, match="Did you mean digits"):
         TASKS.get("digit")
+
+
+JUDGED = [
+    Judged((-4.0, -6.0), (2, 12), 0),  # more likely, less likely per byte
+    Judged((-4.0, -6.0), (2, 12), 1),
+    Judged((-1.0, -2.0, -3.0), (1, 1, 1), 0),
+    Judged((-1.0, -2.0, -3.0), (1, 1, 1), 2),
+]
+
+
+def test_choices_by_hand() -> None:
+    plain, normalised = accuracy(JUDGED), normalised_accuracy(JUDGED)
+    assert (plain.metric, plain.value, plain.n) == ("acc", 0.5, 4)
+    assert (normalised.metric, normalised.value, normalised.n) == ("acc_norm", 0.5, 4)
+    assert accuracy(JUDGED[:1]).value == 1 and normalised_accuracy(JUDGED[:1]).value == 0
+    assert accuracy(JUDGED[1:2]).value == 0 and normalised_accuracy(JUDGED[1:2]).value == 1
+    assert plain.standard_error == pytest.approx(math.sqrt(0.5 * 0.5 / 3))
+    assert accuracy(JUDGED[:1]).standard_error is None
+    assert plain.higher_is_better and normalised.higher_is_better
+
+
+def test_choices_agree_with_argmax() -> None:
+    generator = np.random.default_rng(3)
+    values, sizes = -generator.gamma(3, 2, (50, 4)), generator.integers(1, 30, (50, 4))
+    judged = [Judged(tuple(v), tuple(s), 1) for v, s in zip(values.tolist(), sizes.tolist(), strict=True)]
+    assert accuracy(judged).value == (values.argmax(1) == 1).mean()
+    assert normalised_accuracy(judged).value == ((values / sizes).argmax(1) == 1).mean()
+    assert num_ties(judged) == 0
+
+
+def test_a_tie_for_the_best_is_wrong_wherever_the_right_one_stands() -> None:
+    for right in range(3):
+        tied = [Judged((-1.0, -1.0, -5.0), (3, 3, 3), right)]
+        assert accuracy(tied).value == normalised_accuracy(tied).value == 0
+        assert num_ties(tied) == 1
+    assert accuracy([Judged((-1.0, -5.0, -5.0), (3, 3, 3), 0)]).value == 1
+    per_byte_only = [Judged((-2.0, -4.0), (1, 2), 0)]
+    assert accuracy(per_byte_only).value == 1 and normalised_accuracy(per_byte_only).value == 0
+    assert num_ties(per_byte_only) == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nothing_is_preferred_among_undefined_values(bad: float) -> None:
+    for values in ((bad, -1.0), (-1.0, bad)):
+        for metric in (accuracy, normalised_accuracy, num_ties):
+            with pytest.raises(NumericalError, match="must be finite"):
+                metric([Judged(values, (1, 1), 0)])
