@@ -24,7 +24,14 @@ from masq.models.config import Architecture, ModelConfig
 from masq.numerics.paley import factor
 from masq.numerics.scheme import GROUP_ROLES, GroupName, Scheme
 from masq.rounding.config import NearestRounding, NoRounding, Rounding
-from masq.transforms.config import LearnedSmoothing, NoRotation, NoSmoothing, Rotation, Smoothing
+from masq.transforms.config import (
+    LearnedSmoothing,
+    NoRotation,
+    NoSmoothing,
+    Rotation,
+    SearchedSmoothing,
+    Smoothing,
+)
 
 _MODALITY_SMOOTHING = ("modality", "modality_learned")
 
@@ -292,9 +299,10 @@ def _check_formats(config: RunConfig) -> None:
         )
     _check_rounding(config)
     smoothing = config.method.smoothing
-    if isinstance(smoothing, LearnedSmoothing) and not _roles_in(smoothing.groups, config.scheme.roles):
+    fitted = isinstance(smoothing, LearnedSmoothing | SearchedSmoothing)
+    if fitted and not _roles_in(smoothing.groups, config.scheme.roles):
         raise ConfigError(
-            "learned smoothing needs a quantized linear in one of its groups",
+            "learned or searched smoothing needs a quantized linear in one of its groups",
             value=f"groups {', '.join(smoothing.groups)}, quantized roles {', '.join(config.scheme.roles)}",
             remedy="choose other groups or roles, or method.smoothing=modality or shared",
         )

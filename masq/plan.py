@@ -15,7 +15,7 @@ from masq.config import RunConfig, active_modalities, check_sizes, folder_name, 
 from masq.models.architecture import architecture, count_parameters, input_sizes, linear_shapes
 from masq.models.config import Architecture
 from masq.numerics.scheme import GROUP_ROLES, GroupName
-from masq.transforms.config import LearnedSmoothing
+from masq.transforms.config import LearnedSmoothing, SearchedSmoothing, SharedSmoothing, takes_moments
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Tasks of the embedded data that need the modality, and tokens of one sample: (embedded model, real model).
@@ -183,7 +183,7 @@ def _smoothing_elements(config: RunConfig, shapes: dict[str, tuple[int, int]]) -
     smoothing = config.method.smoothing
     if smoothing.kind == "none":
         return 0
-    if smoothing.kind == "shared":
+    if isinstance(smoothing, SharedSmoothing | SearchedSmoothing):
         kept: tuple[GroupName, ...] = ("down",) if "down" in smoothing.groups else ()
         kept = kept if smoothing.fold else smoothing.groups
         return sum(shapes[GROUP_ROLES[group][0]][1] for group in kept)
@@ -246,6 +246,8 @@ def _seconds(
         # Forward and backward cost three forward passes; two more measure the loss before and after.
         passes = 3 + _SIMULATION_COST * (3 * smoothing.epochs + 2 if isinstance(smoothing, LearnedSmoothing) else 1)
         result["calibration"] = passes * per_token * workload.calibration_tokens
+        if isinstance(smoothing, SearchedSmoothing):
+            result["search"] = _search_products(config, sizes, workload)
         if config.method.compensation.kind != "none":
             sides = sum(25.0 * a * b * min(a, b) for a, b in linear_shapes(sizes).values())
             result["compensation"] = sides * sizes.num_layers * len(workload.other_modalities)
@@ -254,6 +256,22 @@ def _seconds(
             sides = sum(2.0 * a * b * b + 2.0 * b**3 for a, b in linear_shapes(sizes).values())
             result["rounding"] = _FLOAT64_COST * sides * sizes.num_layers
     return {stage: flops / speed for stage, flops in result.items()}
+
+
+def _search_products(config: RunConfig, sizes: Architecture, workload: _Workload) -> float:
+    """Products of every candidate factor with the sampled tokens, or with the second moments of each modality."""
+    smoothing, shapes = config.method.smoothing, linear_shapes(sizes)
+    assert isinstance(smoothing, SearchedSmoothing)
+    searched = [
+        shapes[role] for group in smoothing.groups for role in GROUP_ROLES[group] if role in config.scheme.roles
+    ]
+    modalities = 1 + len(workload.other_modalities)
+    if takes_moments(smoothing.error, [config.scheme.activation]):
+        products = sum(_FLOAT64_COST * modalities * 2.0 * a * b * b for a, b in searched)
+    else:
+        rows = min(workload.calibration_tokens, modalities * smoothing.tokens)
+        products = sum(2.0 * a * b * rows for a, b in searched)
+    return products * smoothing.steps * sizes.num_layers
 
 
 def _steps(config: RunConfig, sizes: Architecture, workload: _Workload) -> list[str]:

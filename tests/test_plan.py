@@ -101,6 +101,17 @@ def test_estimates_move_the_right_way() -> None:
     assert plan(configured("model=qwen2_5_vl_7b", "modality=dual")).peak_memory_bytes > 8.29e9 * 2
 
 
+def test_a_search_costs_time_and_nothing_else_where_it_folds() -> None:
+    rtn, searched = plan(configured("method=rtn")), plan(configured("method=awq", "++method.smoothing.steps=5"))
+    finer = plan(configured("method=awq"))
+    assert set(searched.seconds) - set(rtn.seconds) == {"search"}
+    assert finer.seconds["search"] == pytest.approx(4 * searched.seconds["search"])
+    folded = plan(configured("method=awq", "++method.smoothing.groups=[qkv,output,gate_up]"))
+    assert rtn.effective_bits == folded.effective_bits < finer.effective_bits
+    weights_only = plan(configured("method=awq", "scheme=w4a16_g64"))
+    assert weights_only.seconds["search"] > 0
+
+
 def test_the_float_model_is_only_scored() -> None:
     planned = plan(configured("method=none", "scheme=w16a16"))
     assert planned.num_weights == 0

@@ -54,6 +54,7 @@ METHODS = {
         "compensation": {"kind": "whitened_low_rank", "rank_ratio": 0.1},
     },
     "smoothquant_learned": {"smoothing": {"kind": "shared_learned", "epochs": 1}},
+    "awq": {"smoothing": {"kind": "awq"}},
     "gptq": {"rounding": {"kind": "gptq", "act_order": True}},
     "quarot_gptq": {"rotation": {"kind": "hadamard"}, "rounding": {"kind": "gptq"}},
     "qera": {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from masq.calibration.statistics import GroupAccumulator, GroupStatistics
+from masq.calibration.statistics import GroupAccumulator, GroupStatistics, TokenSample
 from masq.errors import NumericalError
 from masq.models.base import GROUPS, Modality, Role
 from masq.numerics.finite import is_finite
@@ -120,6 +120,7 @@ def collect(
     groups: Collection[str] = tuple(GROUPS),
     second_moment: Collection[str] = (),
     moments_of: Collection[Modality] = tuple(Modality),
+    sample: TokenSample | None = None,
 ) -> dict[str, GroupStatistics]:
     """Statistics, by modality, of the inputs of groups of linears of a block.
 
@@ -132,12 +133,16 @@ def collect(
         groups: groups whose absolute maximum is wanted.
         second_moment: groups whose second moment is wanted as well.
         moments_of: the modalities whose second moment is wanted there.
+        sample: tokens of these batches whose inputs to ``groups`` are wanted, and with them the mean |x|.
 
     Returns:
         Statistics by group name, of the groups asked for.
     """
     wanted = [group for group in GROUPS if group in groups or group in second_moment]
-    accumulators = {group: GroupAccumulator(moments_of if group in second_moment else False) for group in wanted}
+    accumulators = {
+        group: GroupAccumulator(moments_of if group in second_moment else False, sample if group in groups else None)
+        for group in wanted
+    }
     if not wanted:
         return {}
     with _observed(block, accumulators) as current:

@@ -6,7 +6,8 @@ the same order give the same bits; another order changes only the last bits of t
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import hashlib
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -22,17 +23,56 @@ _ROWS_PER_CHUNK = 4096
 class GroupStatistics:
     """What a stage may know of the input of a group of linears.
 
-    A modality that never occurred has no key. ``second_moment`` holds those that were asked for.
+    A modality that never occurred has no key. ``second_moment``, ``abs_mean`` and ``rows`` hold those that were asked
+    for.
 
     Attributes:
         abs_max: max |x_i| by channel, float32 [D].
         second_moment: X^T X / N, float64 [D, D], symmetric.
         num_tokens: N.
+        abs_mean: mean |x_i| by channel, float64 [D].
+        rows: inputs of the tokens of a ``TokenSample``, float32 [n, D].
+        sensitivity: how much an error of the modality's rows counts; a modality without an entry counts 1.
     """
 
     abs_max: dict[Modality, torch.Tensor] = field(default_factory=dict)
     second_moment: dict[Modality, torch.Tensor] = field(default_factory=dict)
     num_tokens: dict[Modality, int] = field(default_factory=dict)
+    abs_mean: dict[Modality, torch.Tensor] = field(default_factory=dict)
+    rows: dict[Modality, torch.Tensor] = field(default_factory=dict)
+    sensitivity: Mapping[Modality, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSample:
+    """Tokens whose inputs are kept as they are: of each modality at most so many, spread over the calibration set.
+
+    Attributes:
+        kept: by modality, bool [N] over its tokens in the order of the batches.
+    """
+
+    kept: Mapping[Modality, torch.Tensor]
+
+    @classmethod
+    def draw(cls, modalities: Iterable[torch.Tensor], limit: int, seed: int) -> TokenSample:
+        """Draw at most ``limit`` tokens of each modality; the choice depends on (seed, modality) and the counts alone.
+
+        Args:
+            modalities: int8 [B, T] by batch, -1 where padded.
+            limit: tokens to keep, all if there are no more.
+            seed: of the run.
+        """
+        numbers = torch.cat([modality.reshape(-1).cpu() for modality in modalities]).long() + 1
+        counts = torch.bincount(numbers, minlength=len(Modality)).tolist()
+        kept = {}
+        for which in Modality:
+            count = counts[int(which) + 1]
+            if which is not Modality.PADDING and count:
+                digest = hashlib.sha256(f"tokens|{seed}|{which.name}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+                kept[which] = torch.zeros(count, dtype=torch.bool)
+                kept[which][torch.randperm(count, generator=generator)[:limit]] = True
+        return cls(kept)
 
 
 class AbsMax:
@@ -79,12 +119,16 @@ class GroupAccumulator:
 
     Args:
         second_moment: whether X^T X is wanted besides the absolute maximum, or of which modalities.
+        sample: tokens whose inputs are wanted, and with them the mean |x_i|.
     """
 
-    def __init__(self, second_moment: bool | Collection[Modality]) -> None:
+    def __init__(self, second_moment: bool | Collection[Modality], sample: TokenSample | None = None) -> None:
         everything = tuple(Modality) if second_moment else ()
         self._second_moment_of = everything if isinstance(second_moment, bool) else tuple(second_moment)
+        self._sample = sample
         self._abs_max: dict[Modality, AbsMax] = {}
+        self._abs_sum: dict[Modality, torch.Tensor] = {}
+        self._rows: dict[Modality, list[torch.Tensor]] = {}
         self._second_moment: dict[Modality, SecondMoment] = {}
         self._num_tokens: dict[Modality, int] = {}
 
@@ -113,8 +157,14 @@ class GroupAccumulator:
                 self._update_one(which, rows if count == rows.shape[0] else rows[flat == number])
 
     def _update_one(self, which: Modality, rows: torch.Tensor) -> None:
-        self._num_tokens[which] = self._num_tokens.get(which, 0) + rows.shape[0]
+        start = self._num_tokens.get(which, 0)
+        self._num_tokens[which] = start + rows.shape[0]
         self._abs_max.setdefault(which, AbsMax()).update(rows)
+        if self._sample is not None:
+            total = rows.abs().sum(0, dtype=torch.float64)
+            self._abs_sum[which] = total + self._abs_sum[which] if which in self._abs_sum else total
+            kept = self._sample.kept[which][start : start + rows.shape[0]].to(rows.device)
+            self._rows.setdefault(which, []).append(rows[kept].float())
         if which in self._second_moment_of:
             self._second_moment.setdefault(which, SecondMoment()).update(rows)
 
@@ -128,6 +178,8 @@ class GroupAccumulator:
             abs_max={which: self._abs_max[which].result() for which in sorted(self._abs_max)},
             second_moment={which: self._second_moment[which].result() for which in sorted(self._second_moment)},
             num_tokens={which: self._num_tokens[which] for which in sorted(self._num_tokens)},
+            abs_mean={which: self._abs_sum[which] / self._num_tokens[which] for which in sorted(self._abs_sum)},
+            rows={which: torch.cat(self._rows[which]) for which in sorted(self._rows)},
         )
         for which, abs_max in statistics.abs_max.items():
             if not bool(torch.isfinite(abs_max).all()):

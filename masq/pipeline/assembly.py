@@ -13,9 +13,9 @@ from masq.models.base import GROUPS, Modality, Role
 from masq.modules.quant_linear import QuantLinear
 from masq.numerics.linalg import Whitener, whitener
 from masq.rounding.stages import ROUNDING, Rounded, pooled_moment
-from masq.transforms.config import NoRotation
+from masq.transforms.config import NoRotation, SearchedSmoothing
 from masq.transforms.smoothing import match_scale
-from masq.transforms.stages import apply_folds
+from masq.transforms.stages import apply_folds, moment_groups
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,6 +48,11 @@ class Stages:
         return self.smoothing.kind in ("modality_learned", "shared_learned")
 
     @property
+    def search_moment_groups(self) -> tuple[str, ...]:
+        """Groups whose second moments a search of smoothing needs, where they tell it all."""
+        return moment_groups(self.smoothing, self.scheme) if isinstance(self.smoothing, SearchedSmoothing) else ()
+
+    @property
     def compensated_groups(self) -> tuple[str, ...]:
         """Groups that get low-rank corrections, and so need second moments."""
         return () if self.compensation.kind == "none" else tuple(self.compensation.groups)
@@ -61,8 +66,10 @@ class Stages:
 
     @property
     def second_moment_modalities(self) -> tuple[Modality, ...]:
-        """Whose second moments: rounding looks at every token, a correction at those of its own modality."""
+        """Whose second moments: rounding and a search look at every token, a correction at those of its modality."""
         wanted = {m for m in Modality if m is not Modality.PADDING}
+        if self.search_moment_groups:
+            return tuple(sorted(wanted))
         if self.rounding.kind == "nearest":
             wanted -= {Modality.TEXT}
         elif self.compensation.kind == "none" and self.rounding.tokens == "text":

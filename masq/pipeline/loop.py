@@ -17,7 +17,8 @@ from masq.calibration.replay import BlockData, ReplayBatch, advance, capture, co
 from masq.errors import numerical_errors_of
 from masq.models.base import Modality
 from masq.numerics.sqnr import token_sqnr
-from masq.pipeline.assembly import Stages, quantize_block
+from masq.pipeline.assembly import Stages
+from masq.pipeline.fitting import Chains, SearchInputs, needs_statistics, quantize_one, token_sample
 from masq.pipeline.progress import BlockClock
 from masq.pipeline.store import BlockStore, block_tensors, restore_block
 from masq.transforms.config import LearnedSmoothing
@@ -41,7 +42,7 @@ class QuantizationReport:
     Attributes:
         blocks: per block: index, SQNR of the block output by modality on the calibration tokens of one batch per mix of
             modalities (dB), what ``quantize_block`` notes of corrections and rounding, and, when factors are learned,
-            the losses.
+            the losses, or, when they are searched, exponents and errors by group.
         warnings: typed fallbacks worth a line under the table.
         seconds: wall time of rotating, of learning and of quantizing (resumed blocks count only their replay).
     """
@@ -171,7 +172,7 @@ def _learn_one(block: BlockAdapter, name: str, data: BlockData, stages: Stages) 
     config = stages.smoothing
     assert isinstance(config, LearnedSmoothing)
     statistics = collect(block, data.hidden, data.batches, groups=config.groups)
-    initial = SMOOTHING.get(config.kind)(block, statistics, config).factors
+    initial = SMOOTHING.get(config.kind)(block, statistics, config, stages.scheme).factors
     return learn_factors(block, name, initial, data, stages.scheme, config, seed=stages.seed)
 
 
@@ -192,7 +193,8 @@ def _quantize(
     """
     adapter_blocks = adapter.blocks()
     clock = BlockClock("quantize", len(adapter_blocks))
-    if not _needs_statistics(stages, learned):
+    search = SearchInputs(token_sample(replay, stages))
+    if not needs_statistics(stages, learned):
         hidden, replay = _picked(_one_of_each_mix(replay), hidden, replay)
     watched = list(range(len(replay))) if stages.uses_float_chain else _one_of_each_mix(replay)
     seen, floats = _picked(watched, replay, hidden)
@@ -204,7 +206,8 @@ def _quantize(
         if stored is None:
             plan = learned[index] if learned else None
             with numerical_errors_of(name):
-                note = _quantize_one(block, name, (floats, quantized), replay, stages, context, plan)
+                chains = Chains(floats, quantized, replay)
+                note = quantize_one(block, index, chains, stages, context, plan, search)
         else:
             restore_block(block, stored[0], stages.scheme, context, quantized[0].dtype)
             note = stored[1]
@@ -219,40 +222,12 @@ def _quantize(
         clock.tick(_sqnr_text(sqnr))
 
 
-def _needs_statistics(stages: Stages, learned: list[SmoothingPlan] | None) -> bool:
-    fits_smoothing = learned is None and stages.smoothing.kind != "none"
-    return fits_smoothing or bool(stages.second_moment_groups)
-
-
 def _one_of_each_mix(replay: Sequence[ReplayBatch]) -> list[int]:
     """Index of the first batch of every set of modalities."""
     first: dict[frozenset[int], int] = {}
     for index, batch in enumerate(replay):
         first.setdefault(frozenset(batch.modality.unique().tolist()) - {int(Modality.PADDING)}, index)
     return sorted(first.values())
-
-
-def _quantize_one(
-    block: BlockAdapter,
-    name: str,
-    chains: tuple[list[torch.Tensor], list[torch.Tensor]],
-    replay: list[ReplayBatch],
-    stages: Stages,
-    context: ModalityContext,
-    plan: SmoothingPlan | None,
-) -> dict[str, Any]:
-    """Fit and apply every stage on one block; returns the note of ``quantize_block``."""
-    floats, quantized = chains
-    smoothed = () if plan is not None or stages.smoothing.kind == "none" else stages.smoothing.groups
-    moments, of = stages.second_moment_groups, stages.second_moment_modalities
-    on_floats = stages.uses_float_chain
-    first = () if on_floats else moments
-    statistics = collect(block, quantized, replay, groups=smoothed, second_moment=first, moments_of=of)
-    if plan is None:
-        plan = SMOOTHING.get(stages.smoothing.kind)(block, statistics, stages.smoothing)
-    if on_floats:
-        statistics = collect(block, floats, replay, groups=(), second_moment=moments, moments_of=of)
-    return quantize_block(block, name, plan, statistics, stages, context)
 
 
 def _sqnr_text(sqnr: dict[str, float]) -> str:

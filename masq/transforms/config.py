@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from masq.errors import ConfigError
-from masq.numerics.scheme import GroupName
+from masq.numerics.scheme import GroupName, TensorFormat
 
 _GROUPS: tuple[GroupName, ...] = ("qkv", "output", "gate_up")
+_ALL_GROUPS: tuple[GroupName, ...] = (*_GROUPS, "down")
 
 
 def _check(alpha: float, groups: tuple[str, ...]) -> None:
@@ -108,6 +109,83 @@ class ModalitySmoothing:
         _check(self.alpha, self.groups)
 
 
+@dataclass(frozen=True, slots=True)
+class AwqSmoothing:
+    """One searched factor for all tokens: s = mean|x|^t / sqrt(max * min) (AWQ, arXiv 2306.00978, equations 4 and 5).
+
+    The exponent t of a group of linears is the one of a grid with the smallest error of their outputs, weights and
+    activations rounded to nearest as the scheme says, on calibration tokens of the quantized chain. AWQ's released
+    code looks at the output of the attention or the MLP instead, where one lies behind the group.
+
+    Attributes:
+        steps: points of the grid 0, 1/steps, .., 1 - 1/steps (20 in the released code); 0 is no smoothing.
+        error: of an output, ``squared`` (AWQ) or ``absolute``.
+        groups: the groups of linears that are smoothed.
+        fold: absorb the factor into the norm (or the value linear) before the group, else divide at run time.
+        tokens: at most so many of each modality are looked at, weighted by how many they stand for.
+    """
+
+    kind: Literal["awq"] = "awq"
+    steps: int = 20
+    error: Literal["squared", "absolute"] = "squared"
+    groups: tuple[GroupName, ...] = _ALL_GROUPS
+    fold: bool = True
+    tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        """Reject values out of range.
+
+        Raises:
+            ConfigError: steps or tokens below 1, or groups empty or repeated.
+        """
+        _check_searched(self)
+
+
+@dataclass(frozen=True, slots=True)
+class MbqSmoothing:
+    """AWQ's search, the error of each modality weighted by how sensitive the model is to it (MBQ, arXiv 2412.19509).
+
+    Attributes:
+        steps: points of the grid 0, 1/steps, .., 1 - 1/steps; 0 is no smoothing.
+        error: of an output, ``absolute`` (the first-order expansion of the loss, MBQ) or ``squared``.
+        groups: the groups of linears that are smoothed.
+        fold: absorb the factor into the norm (or the value linear) before the group, else divide at run time.
+        tokens: at most so many of each modality are looked at, weighted by how many they stand for.
+        floor: smallest sensitivity of a modality relative to text's: ``median`` takes the median over blocks (MBQ's
+            released code; without it the last block, where only the tokens that predict have a gradient, looks at no
+            other modality), ``none`` takes it as it is.
+    """
+
+    kind: Literal["mbq"] = "mbq"
+    steps: int = 20
+    error: Literal["squared", "absolute"] = "absolute"
+    groups: tuple[GroupName, ...] = _ALL_GROUPS
+    fold: bool = True
+    tokens: int = 1024
+    floor: Literal["median", "none"] = "median"
+
+    def __post_init__(self) -> None:
+        """Reject values out of range.
+
+        Raises:
+            ConfigError: steps or tokens below 1, or groups empty or repeated.
+        """
+        _check_searched(self)
+
+
+def _check_searched(config: SearchedSmoothing) -> None:
+    _check(0.0, config.groups)
+    if config.steps < 1:
+        raise ConfigError("steps must be positive", value=config.steps, remedy="20 is the published value")
+    if config.tokens < 1:
+        raise ConfigError("tokens must be positive", value=config.tokens, remedy="leave it at the default")
+
+
+def takes_moments(error: str, activations: Collection[TensorFormat | None]) -> bool:
+    """Whether an error of outputs follows from second moments of the input: squared, and with float activations."""
+    return error == "squared" and all(fmt is None for fmt in activations)
+
+
 LossKey = Literal["text", "vision", "audio"]
 
 
@@ -189,4 +267,5 @@ def _check_learned(config: LearnedSmoothing) -> None:
 
 Rotation = NoRotation | HadamardRotation
 LearnedSmoothing = LearnedModalitySmoothing | LearnedSharedSmoothing
-Smoothing = NoSmoothing | SharedSmoothing | ModalitySmoothing | LearnedSmoothing
+SearchedSmoothing = AwqSmoothing | MbqSmoothing
+Smoothing = NoSmoothing | SharedSmoothing | ModalitySmoothing | LearnedSmoothing | SearchedSmoothing

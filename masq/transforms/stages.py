@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from masq.models.base import GROUPS, Modality, Role
 from masq.registry import Registry
+from masq.transforms.config import takes_moments
+from masq.transforms.search import SearchedLinear, awq_factor, pooled_abs_mean, search
 from masq.transforms.smoothing import (
     fold_into_norm,
     fold_into_value,
@@ -23,11 +25,13 @@ if TYPE_CHECKING:
 
     from masq.calibration.statistics import GroupStatistics
     from masq.models.base import BlockAdapter
+    from masq.numerics.scheme import Scheme
     from masq.transforms.config import (
         LearnedModalitySmoothing,
         LearnedSharedSmoothing,
         ModalitySmoothing,
         NoSmoothing,
+        SearchedSmoothing,
         SharedSmoothing,
     )
 
@@ -39,10 +43,12 @@ class SmoothingPlan:
     Attributes:
         factors: s_m float32 [d_in] by group and modality; a group without an entry is not smoothed.
         folded: groups whose factor is absorbed by the module before them; the others divide at run time.
+        note: JSON, what a search found; it goes into the record of the block.
     """
 
     factors: dict[str, dict[Modality, torch.Tensor]] = field(default_factory=dict)
     folded: frozenset[str] = frozenset()
+    note: dict[str, Any] = field(default_factory=dict)
 
 
 def group_weights(block: BlockAdapter, group: str) -> list[torch.Tensor]:
@@ -50,13 +56,21 @@ def group_weights(block: BlockAdapter, group: str) -> list[torch.Tensor]:
     return [block.linear(Role(role)).weight.detach() for role in GROUPS[group]]  # type: ignore[union-attr, misc]
 
 
-def fit_none(_block: BlockAdapter, _statistics: Mapping[str, GroupStatistics], _config: NoSmoothing) -> SmoothingPlan:
+def fit_none(
+    _block: BlockAdapter,
+    _statistics: Mapping[str, GroupStatistics],
+    _config: NoSmoothing,
+    _scheme: Scheme | None = None,
+) -> SmoothingPlan:
     """No smoothing."""
     return SmoothingPlan()
 
 
 def fit_shared(
-    block: BlockAdapter, statistics: Mapping[str, GroupStatistics], config: SharedSmoothing
+    block: BlockAdapter,
+    statistics: Mapping[str, GroupStatistics],
+    config: SharedSmoothing,
+    _scheme: Scheme | None = None,
 ) -> SmoothingPlan:
     """One factor for all modalities (SmoothQuant, arXiv 2211.10438; ``source: text`` looks at text tokens alone).
 
@@ -67,21 +81,78 @@ def fit_shared(
     factors, folded = {}, set()
     for group in config.groups:
         factor = shared_factor(statistics[group], group_weights(block, group), config.alpha, config.source)
-        norm = block.norm(group)
-        if config.fold and group == "output":
-            factor = tie_to_kv_heads(factor, block.num_heads, block.num_kv_heads)
+        if config.fold and folds(block, group):
+            factor = as_folded(block, group, factor)
             folded.add(group)
-        elif config.fold and norm is not None:
-            factor = foldable_factor(norm, factor)
-            folded.add(group)
-        factors[group] = {modality: factor for modality in Modality if modality is not Modality.PADDING}
+        factors[group] = for_all_modalities(factor)
     return SmoothingPlan(factors, frozenset(folded))
+
+
+def folds(block: BlockAdapter, group: str) -> bool:
+    """Whether a module before ``group`` can absorb its factor."""
+    return group == "output" or block.norm(group) is not None
+
+
+def as_folded(block: BlockAdapter, group: str, factor: torch.Tensor) -> torch.Tensor:
+    """The factor [d_in] that the module before ``group`` really absorbs: tied over heads, or exact in its dtype."""
+    norm = block.norm(group)
+    if group == "output":
+        return tie_to_kv_heads(factor, block.num_heads, block.num_kv_heads)
+    return factor if norm is None else foldable_factor(norm, factor)
+
+
+def for_all_modalities(factor: torch.Tensor) -> dict[Modality, torch.Tensor]:
+    """One factor for the tokens of every modality."""
+    return {modality: factor for modality in Modality if modality is not Modality.PADDING}
+
+
+def fit_searched(
+    block: BlockAdapter, statistics: Mapping[str, GroupStatistics], config: SearchedSmoothing, scheme: Scheme
+) -> SmoothingPlan:
+    """One factor for all modalities whose exponent is searched on a grid (AWQ, arXiv 2306.00978; MBQ, 2412.19509).
+
+    Every candidate is judged as it would be applied: tied over heads and exact in the norm's dtype where it is folded.
+    A group without a quantized linear, and one whose best exponent is 0, is not smoothed.
+    """
+    factors, folded, found = {}, set(), {}
+    for group in config.groups:
+        linears = _searched_linears(block, group, scheme)
+        if not linears:
+            continue
+        absorbed = config.fold and folds(block, group)
+        mean = pooled_abs_mean(statistics[group])
+        exponents = [step / config.steps for step in range(config.steps)]
+        candidates = [awq_factor(mean, exponent) for exponent in exponents]
+        if absorbed:
+            candidates = [as_folded(block, group, candidate) for candidate in candidates]
+        best, ratios = search(statistics[group], linears, candidates, config.error)
+        found[group] = {"exponent": exponents[best], "error_ratio": ratios}
+        if best:
+            factors[group] = for_all_modalities(candidates[best])
+            folded |= {group} if absorbed else set()
+    return SmoothingPlan(factors, frozenset(folded), {"search": found})
+
+
+def moment_groups(config: SearchedSmoothing, scheme: Scheme) -> tuple[str, ...]:
+    """The groups whose search needs second moments and no row: squared errors of the weights alone."""
+    by_moments = takes_moments(config.error, [scheme.activation])
+    return tuple(group for group in config.groups if by_moments and set(GROUPS[group]) & set(scheme.roles))
+
+
+def _searched_linears(block: BlockAdapter, group: str, scheme: Scheme) -> list[SearchedLinear]:
+    assert scheme.weight is not None
+    return [
+        SearchedLinear(weight, scheme.weight, scheme.activation)
+        for role, weight in zip(GROUPS[group], group_weights(block, group), strict=True)
+        if role in scheme.roles
+    ]
 
 
 def fit_modality(
     block: BlockAdapter,
     statistics: Mapping[str, GroupStatistics],
     config: ModalitySmoothing | LearnedModalitySmoothing,
+    _scheme: Scheme | None = None,
 ) -> SmoothingPlan:
     """One factor per modality, sqrt(max|x_m| / max|w|) at alpha 0.5 (arXiv 2603.04800, equation 12); never folded."""
     return SmoothingPlan(
@@ -93,7 +164,10 @@ def fit_modality(
 
 
 def fit_shared_start(
-    block: BlockAdapter, statistics: Mapping[str, GroupStatistics], config: LearnedSharedSmoothing
+    block: BlockAdapter,
+    statistics: Mapping[str, GroupStatistics],
+    config: LearnedSharedSmoothing,
+    _scheme: Scheme | None = None,
 ) -> SmoothingPlan:
     """The shared factor as that of text alone, which every other modality without one of its own takes."""
     return SmoothingPlan(
@@ -111,6 +185,7 @@ SMOOTHING.register("modality", fit_modality)
 # Learning starts from the closed form; ``masq.transforms.learned`` does the rest.
 SMOOTHING.register("modality_learned", fit_modality)
 SMOOTHING.register("shared_learned", fit_shared_start)
+SMOOTHING.register("awq", fit_searched)
 
 
 @torch.no_grad()
