@@ -14,12 +14,14 @@ from typing import Any
 from masq.config import RunConfig, active_modalities, check_sizes, folder_name, notes
 from masq.models.architecture import architecture, count_parameters, input_sizes, linear_shapes
 from masq.models.config import Architecture
+from masq.models.zoo import embedded_name
 from masq.numerics.scheme import GROUP_ROLES, GroupName
 from masq.transforms.config import LearnedSmoothing, SearchedSmoothing, SharedSmoothing, takes_moments
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Tasks of the embedded data that need the modality, and tokens of one sample: (embedded model, real model).
-_TASKS = {"text": 1, "vision": 2, "audio": 1}
+# Tasks of the embedded data by what they need besides text, and tokens of one sample: (embedded model, real model).
+_TASKS = {"text": 3, "vision": 4, "audio": 1}
+_JOINT_TASKS = 3
 _TOKENS = {"zoo": 96, "real": 512}
 _SPLIT_SAMPLES = 200
 _PROCESS_BYTES = 700e6
@@ -126,11 +128,11 @@ class _Workload:
     @classmethod
     def of(cls, config: RunConfig) -> _Workload:
         active = active_modalities(config)
-        joint = 1 if len(active) == len(_TASKS) else 0
+        joint = _JOINT_TASKS if len(active) == len(_TASKS) else 0
         num_tasks = sum(_TASKS[name] for name in active) + joint
         calibration_tasks = len(config.calibration.tasks or ()) or num_tasks
         evaluation_tasks = len(config.evaluation.tasks or ()) or num_tasks
-        tokens = _TOKENS["zoo" if config.model.source.startswith("zoo:") else "real"]
+        tokens = _TOKENS["real" if embedded_name(config.model.source) is None else "zoo"]
         samples = evaluation_tasks * (config.evaluation.samples_per_task or _SPLIT_SAMPLES)
         drawn = config.calibration.samples_per_task or _SPLIT_SAMPLES
         calibration = 0 if config.method.is_float else calibration_tasks * drawn

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from masq.config import RunConfig, active_modalities, check_sizes, identity, notes, run_folder, to_dict
 from masq.errors import ConfigError, DataError
 from masq.files import atomic_write_bytes, canonical_hash, require_writable_folder
+from masq.models.zoo import is_trained
 from masq.report.memory import peak_memory, reset_peak_memory
 from masq.report.provenance import provenance
 from masq.report.record import RunRecord, read_record, write_record
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from masq.report.record import ScoreEntry
 
 _LOG = logging.getLogger(__name__)
-_ZOO = "zoo:"
 
 
 def run(config: RunConfig) -> RunRecord:
@@ -142,6 +142,7 @@ def _quantize(
         context,
         blocks=BlockStore(folder / "blocks"),
         factors=BlockStore(factors),
+        gradients=BlockStore(folder / "gradients"),
     )
     record.blocks = report.blocks
     record.warnings.extend(report.warnings)
@@ -200,15 +201,16 @@ def _checked_model(config: RunConfig) -> str:
 
 
 def _source(config: RunConfig, split: str) -> Path:
-    """The Parquet file of a split."""
+    """The Parquet file to calibrate on or to evaluate on: a given one, or a split of the embedded data."""
     source = config.calibration.source if split == "calibration" else config.evaluation.source
     if source != "auto":
         return Path(source)
-    if config.model.source != f"{_ZOO}smol_omni":
+    if not is_trained(config.model.source):
         raise ConfigError(
             f"{config.model.name} comes without {split} data",
             value=f"{split}.source=auto",
-            remedy=f"set {split}.source to a Parquet file with the columns id, task, question, answer, image, audio",
+            remedy=f"set {split}.source to a Parquet file with the columns id, task, question, answer, image, audio "
+            "and, where a task chooses, choices",
         )
     from masq.models.zoo.smol_omni import data_path
 

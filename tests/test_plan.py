@@ -63,6 +63,14 @@ def test_the_decoder_of_smol_omni_is_smollm2_with_biases() -> None:
     assert parameters["decoder"] + parameters["embedding"] == 134_515_008 + 30 * (576 + 2 * 192)
 
 
+def test_smol_vl_is_smol_omni_without_ears() -> None:
+    omni, vl = configured("modality=dual"), configured("model=smol_vl", "modality=dual")
+    assert architecture(vl.model) == replace(architecture(omni.model), tower_parameters=3_000_000)
+    planned = plan(vl)
+    assert planned.seconds.keys() == plan(omni).seconds.keys()
+    assert planned.effective_bits == plan(omni).effective_bits
+
+
 def test_effective_bits_by_hand() -> None:
     sizes = architecture(configured("model=nano_vl", "modality=dual").model)
     assert (sizes.hidden_size, sizes.intermediate_size) == (48, 88)

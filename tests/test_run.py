@@ -22,21 +22,26 @@ from masq.models.zoo import nano
 from masq.report.record import RunRecord, comparable, read_record
 from masq.run import run
 
-TASKS = {"read": ("vision",), "speech": ("audio",), "joint": ("vision", "audio"), "prose": ()}
+TASKS = {"read": ("vision",), "speech": ("audio",), "same": ("vision", "audio"), "manual": (), "choice": ()}
 
 
 def write_split(path: Path, split: str, count: int, seed: int) -> Path:
-    """A Parquet split with random media."""
+    """A Parquet split with random media and texts."""
     samples: list[Sample] = []
     for position, (task, kinds) in enumerate(TASKS.items()):
         for index, sample in enumerate(nano.random_samples(kinds, count, seed=seed + position)):
-            question = "" if task == "prose" else sample.question
-            answer = f"{sample.question} {sample.answer} {sample.question}" if task == "prose" else sample.answer
-            samples.append(replace(sample, id=f"{task}-{split}-{index}", task=task, question=question, answer=answer))
+            sample = replace(sample, id=f"{task}-{split}-{index}", task=task)
+            if task == "manual":
+                text = f"{sample.question} {sample.answer} {sample.question}"
+                sample = replace(sample, question="", answer=text)
+            if task == "choice":
+                sample = replace(sample, choices=(f"{sample.answer} again", sample.answer, "or not"))
+            samples.append(sample)
+    names = ("id", "task", "question", "answer", "image", "audio", "choices")
     columns = {
-        key: [getattr(s, key) for s in samples] for key in ("id", "task", "question", "answer", "image", "audio")
+        key: [getattr(s, key) or None if key == "choices" else getattr(s, key) for s in samples] for key in names
     }
-    types = [pa.string()] * 4 + [pa.binary()] * 2
+    types = [pa.string()] * 4 + [pa.binary()] * 2 + [pa.list_(pa.string())]
     pq.write_table(pa.table({k: pa.array(v, t) for (k, v), t in zip(columns.items(), types, strict=True)}), path)
     return path
 
@@ -109,7 +114,7 @@ def test_every_method_end_to_end(splits: dict[str, Path], tmp_path: Path, method
     record = run(config(splits, tmp_path, method))
     assert record.status == "finished"
     assert set(record.scores) == set(TASKS)
-    assert record.scores["read"]["exact_match"]["n"] == 3
+    assert record.scores["read"]["exact_match"]["n"] == record.scores["choice"]["acc_norm"]["n"] == 3
     assert set(record.fidelity["sqnr"]) == {"text", "vision", "audio"}
     assert set(record.fidelity["kl"]) == {"text", "vision", "audio", "joint"}
     folder = next(tmp_path.glob(f"nano_omni-tri-{'float' if method == 'none' else 'w4a6'}-*"))
@@ -165,7 +170,7 @@ def test_starts_from_its_own_config_yaml(splits: dict[str, Path], tmp_path: Path
 
 def test_dual_never_sees_audio(splits: dict[str, Path], tmp_path: Path) -> None:
     record = run(config(splits, tmp_path, "masquant", modality={"name": "dual"}))
-    assert set(record.scores) == {"read", "prose"}
+    assert set(record.scores) == {"read", "manual", "choice"}
     assert set(record.fidelity["sqnr"]) == {"text", "vision"}
     assert all(set(block["sqnr"]) == {"text", "vision"} for block in record.blocks)
     stored = next(tmp_path.glob("artifacts/*/block-000.safetensors"))
@@ -188,6 +193,23 @@ def test_no_data_is_an_error_at_once(splits: dict[str, Path], tmp_path: Path) ->
     cell["calibration"]["source"] = "auto"
     with pytest.raises(ConfigError, match="calibration.source"):
         run(decode(cell))
+
+
+@pytest.mark.parametrize("source", ["zoo:smol_omni", "zoo:smol_vl"])
+def test_embedded_data_serve_both_embedded_models(
+    splits: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    from masq.models.zoo import smol_omni
+
+    asked: list[str] = []
+    monkeypatch.setattr(smol_omni, "data_path", lambda split: asked.append(split) or splits.get(split, "final"))
+    cell = plain(splits, tmp_path, modality={"name": "dual"})
+    cell["model"]["source"] = source
+    cell["calibration"]["source"] = "auto"
+    del cell["evaluation"]["source"]
+    data, _ = run_module._data(decode(cell))
+    assert asked == ["evaluation", "calibration"]
+    assert {sample.task for sample in data["evaluation"]} == {"read", "manual", "choice"}
 
 
 def test_a_failure_is_recorded_and_tried_again(

@@ -12,8 +12,8 @@ class CalibrationConfig:
     """The calibration set.
 
     Attributes:
-        samples_per_task: how many samples of each task are drawn, None for all there are. The five tasks of the
-            embedded model make 160 in all; MASQuant (arXiv 2603.04800) takes 128.
+        samples_per_task: how many samples of each task are drawn, None for all there are. MASQuant (arXiv 2603.04800)
+            takes 128 in all.
         batch_size: samples per batch; batches are a fixed function of the sample order.
         seed: of the draw; keyed together with the task's name.
         tasks: the tasks to draw from, None for all that the active modalities allow.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from masq.files import sha256_file
 from masq.models import checkpoint
+from masq.models.zoo import is_trained
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from masq.models.config import ModelConfig
 
 _SMALL_FILES = (".json", ".txt", ".jinja", ".model")
@@ -45,13 +47,11 @@ def fingerprint(config: ModelConfig, folder: Path | None) -> str:
 
 
 def _embedded(source: str) -> str:
-    name = source.partition(":")[2]
     parts = [source]
-    listing = Path(__file__).parent / "zoo" / f"{name}_files" / "SHA256SUMS"
-    if listing.is_file():
+    if is_trained(source):
         from masq.models.zoo import smol_omni
 
-        parts += [sha256_file(listing), sha256_file(smol_omni.language_file().path)]
+        parts += [sha256_file(smol_omni.FOLDER / smol_omni.CHECKSUMS), sha256_file(smol_omni.language_file().path)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -16,6 +16,7 @@ import torch
 from masq.errors import ModelError
 from masq.models import checkpoint
 from masq.models.base import Modality
+from masq.models.zoo import PREFIX, embedded_name
 from masq.registry import Registry
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ ZOO: Registry[Any] = Registry("embedded model")
 ZOO.register("nano_vl", "masq.models.zoo.nano:load_vl")
 ZOO.register("nano_omni", "masq.models.zoo.nano:load_omni")
 ZOO.register("smol_omni", "masq.models.loading:load_smol_omni")
+ZOO.register("smol_vl", "masq.models.loading:load_smol_vl")
 
-ZOO_PREFIX = "zoo:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 DOWNLOADED_CODE = "*.py"
@@ -78,7 +79,7 @@ def source_folder(config: ModelConfig) -> Path | None:
         ConfigError: unknown family.
         ModelError: no such folder or hub id, or a wrong, missing or truncated file.
     """
-    if config.source.startswith(ZOO_PREFIX):
+    if embedded_name(config.source) is not None:
         return None
     folder = _folder(config)
     checkpoint.check(folder, FAMILIES.get(config.family).model_types)
@@ -113,7 +114,7 @@ def _device(name: str) -> torch.device:
 
 
 def _from_zoo(config: ModelConfig, family: Any) -> tuple[Any, Any]:
-    build: Callable[[ModelConfig], tuple[Any, Any]] = ZOO.get(config.source.removeprefix(ZOO_PREFIX))
+    build: Callable[[ModelConfig], tuple[Any, Any]] = ZOO.get(embedded_name(config.source) or config.source)
     model, processor = build(config)
     if model.config.model_type not in family.model_types:
         raise ModelError(
@@ -128,9 +129,20 @@ def load_smol_omni(config: ModelConfig) -> tuple[Any, Any]:
     """The embedded tri-modal model around SmolLM2-135M, and its processor."""
     from masq.models.zoo import smol_omni
 
-    model = smol_omni.build_model(getattr(torch, config.dtype), config.device)
+    return _trained(smol_omni, config)
+
+
+def load_smol_vl(config: ModelConfig) -> tuple[Any, Any]:
+    """``smol_omni`` without audio, as a Qwen2.5-VL model, and its processor."""
+    from masq.models.zoo import smol_vl
+
+    return _trained(smol_vl, config)
+
+
+def _trained(module: Any, config: ModelConfig) -> tuple[Any, Any]:
+    model = module.build_model(getattr(torch, config.dtype), config.device)
     model.set_attn_implementation(config.attention)
-    return model, smol_omni.build_processor()
+    return model, module.build_processor()
 
 
 def _from_checkpoint(folder: Path, config: ModelConfig, family: Any) -> tuple[Any, Any]:
@@ -203,7 +215,7 @@ def _folder(config: ModelConfig) -> Path:
         return path
     if path.exists() or not HUB_ID.fullmatch(config.source):
         raise ModelError(
-            "model.source must be zoo:NAME, an existing checkpoint folder, or a hub id OWNER/NAME",
+            f"model.source must be {PREFIX}NAME, an existing checkpoint folder, or a hub id OWNER/NAME",
             value=config.source,
             remedy=f"check the path; embedded models are {', '.join(ZOO.names())}",
         )

@@ -16,6 +16,7 @@ from typing import Any, cast
 from tabulate import tabulate
 
 from masq.errors import ConfigError, DataError, suggestion, unknown_name
+from masq.models.zoo import is_trained
 from masq.report.record import RunRecord, ScoreEntry
 
 FORMATS = ("markdown", "csv", "latex")
@@ -131,7 +132,7 @@ def _sample_notes(records: Sequence[RunRecord]) -> list[str]:
 
 def _model_notes(records: Sequence[RunRecord]) -> list[str]:
     notes = []
-    if any(str(_lookup(r.config, "model", "source")) == "zoo:smol_omni" for r in records):
+    if any(is_trained(str(_lookup(r.config, "model", "source"))) for r in records):
         notes.append(
             "The float model is the dequantized Q4_1 SmolLM2-135M-Instruct with our towers: asymmetric 4-bit weights "
             "in groups of 32 would be lossless on it and are not ranked."

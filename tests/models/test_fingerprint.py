@@ -31,18 +31,25 @@ def of(folder: Path) -> str:
 
 
 def test_embedded_models_are_known_by_their_checksums_or_names() -> None:
-    found = {name: fingerprint(config(f"zoo:{name}"), None) for name in ("smol_omni", "nano_omni", "nano_vl")}
-    assert len(set(found.values())) == 3
+    names = ("smol_omni", "smol_vl", "nano_omni", "nano_vl")
+    assert len({fingerprint(config(f"zoo:{name}"), None) for name in names}) == 4
 
 
-def test_smol_omni_is_known_by_its_language_model_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["zoo:smol_omni", "zoo:smol_vl"])
+def test_trained_models_are_known_by_files_and_language_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str
+) -> None:
     from masq.models.zoo import smol_omni
 
-    original = fingerprint(config("zoo:smol_omni"), None)
+    original = fingerprint(config(source), None)
+    with monkeypatch.context() as patch:
+        (tmp_path / smol_omni.CHECKSUMS).write_text("other files")
+        patch.setattr(smol_omni, "FOLDER", tmp_path)
+        assert fingerprint(config(source), None) != original
     other = tmp_path / "other.gguf"
     other.write_bytes(b"another language model")
     monkeypatch.setattr(smol_omni, "language_file", lambda: SimpleNamespace(path=other))
-    assert fingerprint(config("zoo:smol_omni"), None) != original
+    assert fingerprint(config(source), None) != original
 
 
 def test_a_moved_checkpoint_is_the_same_and_any_changed_file_another(checkpoint: Path, tmp_path: Path) -> None:

@@ -145,6 +145,12 @@ def test_footnotes_name_float_model_counts_failures_and_warnings() -> None:
     assert set(rows[3][2:]) == {"-"}
 
 
+def test_both_models_around_the_dequantized_one_say_so() -> None:
+    for name, said in (("smol_omni", True), ("smol_vl", True), ("nano_vl", False)):
+        record = make_record("rtn", model={"name": name, "source": f"zoo:{name}"})
+        assert ("Q4_1" in "\n".join(footnotes([record]))) == said
+
+
 def test_infinite_and_undefined_values_are_shown_and_never_best() -> None:
     broken = make_record("rtn")
     broken.scores["prose"]["perplexity"]["value"] = math.nan
