@@ -290,7 +290,7 @@ def _steps(config: RunConfig, sizes: Architecture, workload: _Workload) -> list[
         ]
     scored = f"{config.evaluation.samples_per_task} samples of each task"
     if config.evaluation.samples_per_task is None:
-        scored = "the whole evaluation split"
+        scored = f"the whole {config.evaluation.split} split"
     compare = "compare with the float model: SQNR, NLL and KL by modality"
     return [*steps, f"score {scored}: {modalities}", compare, "write record.json"]
 

@@ -214,7 +214,7 @@ def _source(config: RunConfig, split: str) -> Path:
         )
     from masq.models.zoo.smol_omni import data_path
 
-    return data_path(split)
+    return data_path(config.evaluation.split if split == "evaluation" else split)
 
 
 def _public_config(config: RunConfig) -> dict[str, Any]:

@@ -69,6 +69,8 @@ def test_smol_vl_is_smol_omni_without_ears() -> None:
     planned = plan(vl)
     assert planned.seconds.keys() == plan(omni).seconds.keys()
     assert planned.effective_bits == plan(omni).effective_bits
+    final = configured("model=smol_vl", "modality=dual", "+evaluation.split=final")
+    assert any("the whole final split" in step for step in plan(final).steps)
 
 
 def test_effective_bits_by_hand() -> None:

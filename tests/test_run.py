@@ -207,9 +207,13 @@ def test_embedded_data_serve_both_embedded_models(
     cell["model"]["source"] = source
     cell["calibration"]["source"] = "auto"
     del cell["evaluation"]["source"]
-    data, _ = run_module._data(decode(cell))
+    data, hashes = run_module._data(decode(cell))
     assert asked == ["evaluation", "calibration"]
     assert {sample.task for sample in data["evaluation"]} == {"read", "manual", "choice"}
+    cell["evaluation"]["split"] = "final"
+    splits = {**splits, "final": write_split(tmp_path / "final.parquet", "final", 3, 400)}
+    assert run_module._data(decode(cell))[1]["evaluation"] != hashes["evaluation"]
+    assert asked[2:] == ["final", "calibration"]
 
 
 def test_a_failure_is_recorded_and_tried_again(

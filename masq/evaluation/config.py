@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from masq.errors import ConfigError
 
@@ -17,7 +18,9 @@ class EvaluationConfig:
         batch_size: samples per batch; batches are a fixed function of the sample order.
         max_new_tokens: longest answer.
         tasks: the tasks to score, None for all that the active modalities allow.
-        source: ``auto`` for the evaluation split that comes with an embedded model, or a Parquet file.
+        source: ``auto`` for the split that comes with an embedded model, or a Parquet file.
+        split: of the data of an embedded model: ``evaluation``, or ``final``, kept for tables in which nothing is
+            chosen any longer.
         fidelity_samples_per_task: samples of each task behind SQNR, NLL and KL, None for all scored ones.
         max_failure_share: a task with a larger share of empty, truncated or repeating answers fails its score.
     """
@@ -28,14 +31,15 @@ class EvaluationConfig:
     max_new_tokens: int = 12
     tasks: tuple[str, ...] | None = None
     source: str = "auto"
+    split: Literal["evaluation", "final"] = "evaluation"
     fidelity_samples_per_task: int | None = None
     max_failure_share: float = 0.5
 
     def __post_init__(self) -> None:
-        """Reject empty sets.
+        """Reject empty sets, and a split where there is none to choose.
 
         Raises:
-            ConfigError: a count below 1, a share outside [0, 1], or an empty list of tasks.
+            ConfigError: a count below 1, a share outside [0, 1], an empty list of tasks, or ``final`` of a file.
         """
         for name in ("samples_per_task", "fidelity_samples_per_task"):
             count = getattr(self, name)
@@ -48,3 +52,14 @@ class EvaluationConfig:
             raise ConfigError("max_failure_share must lie between 0 and 1", value=self.max_failure_share)
         if self.tasks is not None and not self.tasks:
             raise ConfigError("tasks must name at least one task", value="[]", remedy="set null for all tasks")
+        self._check_split()
+
+    def _check_split(self) -> None:
+        if self.split not in ("evaluation", "final"):
+            raise ConfigError("split must be evaluation or final", value=self.split)
+        if self.split == "final" and self.source != "auto":
+            raise ConfigError(
+                "only the data of an embedded model have a final split",
+                value=f"split=final, source={self.source}",
+                remedy="set source=auto, or split=evaluation and the file of the final samples as source",
+            )

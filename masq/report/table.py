@@ -126,8 +126,20 @@ def _sample_notes(records: Sequence[RunRecord]) -> list[str]:
     calibration = sorted({str(_lookup(r.config, "calibration", "samples_per_task")) for r in records})
     presets = sorted({str(r.config["preset"]) for r in records if r.config.get("preset")})
     notes = [f"Evaluation samples: {', '.join(sizes)}. ± is one standard error."] if sizes else []
+    notes += _split_notes(records)
     notes.append(f"Calibration samples per task: {', '.join(calibration)}.")
     return notes + ([f"Preset: {', '.join(presets)}."] if presets else [])
+
+
+def _split_notes(records: Sequence[RunRecord]) -> list[str]:
+    """Which rows, if any, come from the split that is kept for final tables."""
+    final = [record for record in records if _lookup(record.config, "evaluation", "split") == "final"]
+    if not final:
+        return []
+    if len(final) == len(records):
+        return ["Scores come from the final split, on which nothing was chosen."]
+    rows = dict.fromkeys(f"{record.method} at {record.scheme}" for record in final)
+    return [f"Scores of {', '.join(rows)} come from the final split, the others do not: rows cannot be compared."]
 
 
 def _model_notes(records: Sequence[RunRecord]) -> list[str]:

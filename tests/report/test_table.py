@@ -145,6 +145,15 @@ def test_footnotes_name_float_model_counts_failures_and_warnings() -> None:
     assert set(rows[3][2:]) == {"-"}
 
 
+def test_the_footer_says_which_scores_come_from_the_final_split() -> None:
+    final = make_record("rtn", evaluation={"split": "final"})
+    usual = make_record("mas", evaluation={"split": "evaluation"})
+    assert "final split" not in table([usual, make_record("rtn")])
+    assert "- Scores come from the final split, on which nothing was chosen." in table([final, final])
+    mixed = table([usual, final], format="latex")
+    assert "% Scores of rtn at w4a6 come from the final split, the others do not" in mixed
+
+
 def test_both_models_around_the_dequantized_one_say_so() -> None:
     for name, said in (("smol_omni", True), ("smol_vl", True), ("nano_vl", False)):
         record = make_record("rtn", model={"name": name, "source": f"zoo:{name}"})
