@@ -1,5 +1,4 @@
 """End-to-end alignment: answer-only cross entropy through the frozen language model and a low-rank adapter."""
-# ruff: noqa: SIM905
 
 from __future__ import annotations
 
@@ -17,14 +16,11 @@ from torch import nn
 
 from masq.models.zoo import smol_omni
 
-from . import architecture, pools, prompts, prose, warmup
+from . import architecture, pools, prompts, prose
 from . import constants as C
+from .scenes import Scenes
 
 log = logging.getLogger(__name__)
-TASKS = {
-    "oracle": "joint read joint speech joint prose joint digits joint read joint prose".split(),
-    "towers": "read joint read speech read prose digits read joint read speech read".split(),
-}
 
 
 class Adapted(nn.Module):
@@ -45,11 +41,6 @@ class Adapted(nn.Module):
         return y
 
 
-def compute_dtype() -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively; elsewhere it is emulated at a third of float32's speed."""
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
-
-
 def build(dtype: torch.dtype) -> tuple[nn.Module, nn.ModuleDict, nn.ModuleDict]:
     """The frozen thinker with adapters, the adapters by name, and the towers in float32."""
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
@@ -67,146 +58,101 @@ def build(dtype: torch.dtype) -> tuple[nn.Module, nn.ModuleDict, nn.ModuleDict]:
     for index, layer in enumerate(model.model.language_model.layers):
         if index < C.ADAPTED_FROM:
             continue
-        for short, name in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "o_proj")):
-            adapted = Adapted(getattr(layer.self_attn, name))
-            setattr(layer.self_attn, name, adapted)
+        for short, path in smol_omni.ADAPTED.items():
+            parent = layer.get_submodule(path.rpartition(".")[0])
+            name = path.rpartition(".")[2]
+            adapted = Adapted(getattr(parent, name))
+            setattr(parent, name, adapted)
             adapters[f"{index}_{short}"] = adapted
     return model, adapters, towers
 
 
-class Data:
-    """Pools of one split, with rows grouped by task and by word."""
-
-    def __init__(self, split: str, vision: dict[str, int], audio: dict[str, int], clips: int) -> None:
-        pictures = pools.vision_samples(split, vision)
-        sounds = pools.audio_samples(split, audio, clips)
-        self.vision, self.audio = pools.vision_tensors(pictures), pools.audio_tensors(sounds)
-        self.picture_answers = [s["answer"] for s in pictures]
-        self.sound_answers = [s["answer"] for s in sounds]
-        kinds = np.array([s["kind"] for s in pictures])
-        self.digits = np.flatnonzero(kinds == "digits")
-        self.words, self.numbers = np.flatnonzero(kinds == "words"), np.flatnonzero(kinds == "numbers")
-        self.spoken_words = np.flatnonzero(np.array([s["kind"] for s in sounds]) == "words")
-        spoken = set(C.SPOKEN_WORDS)
-        self.joint = np.array([i for i in self.words if self.picture_answers[i] in spoken])
-        self.by_word = {w: [i for i in self.joint if self.picture_answers[i] == w] for w in C.SPOKEN_WORDS}
-
-    def draw(self, task: str, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Rows of pictures, rows of sounds, answers."""
-        if task == "speech":
-            rows = rng.integers(0, len(self.sound_answers), count)
-            return rows, rows, [self.sound_answers[r] for r in rows]
-        if task == "joint":
-            sounds = rng.choice(self.spoken_words, count)
-            pictures, answers = [], []
-            for index, row in enumerate(sounds):
-                same = self.by_word[self.sound_answers[row]]
-                pick = rng.choice(same) if index % 2 == 0 else rng.choice(self.joint)
-                pictures.append(pick)
-                answers.append("yes" if self.picture_answers[pick] == self.sound_answers[row] else "no")
-            return np.array(pictures), sounds, answers
-        if task == "digits":
-            rows = rng.choice(self.digits, count)
-        else:
-            rows = np.where(rng.random(count) < 0.5, rng.choice(self.words, count), rng.choice(self.numbers, count))
-        return rows, rows, [self.picture_answers[r] for r in rows]
-
-
 class Alignment:
-    """Model, adapters, towers, data and the two optimiser groups."""
+    """Model, adapters, towers and the two optimiser groups."""
 
-    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
-        self.folder, self.options, self.step = folder, options, 0
-        self.dtype = compute_dtype()
+    def __init__(self, folder: Path, steps: int) -> None:
+        """Build, or resume from the last checkpoint; without one, take the towers of the warm-up."""
+        self.folder, self.steps, self.step = folder, steps, 0
+        self.dtype = architecture.compute_dtype()
         self.model, self.adapters, self.towers = build(self.dtype)
         self.core = self.model.model
         self.tokenizer = smol_omni.build_tokenizer(smol_omni.language_file())
-        self.table = warmup.class_embeddings()
         self.parameters = {n: p for n, p in self.adapters.named_parameters() if "linear" not in n}
         self.resume()
-        groups = [{"params": list(self.parameters.values()), "peak": C.RATE_ADAPTER, "weight_decay": 0.0}]
-        if not (options.oracle or options.frozen):
-            groups.append({"params": list(self.towers.parameters()), "peak": C.RATE_TOWER, "weight_decay": 0.0})
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
-        self.prompts: dict[tuple[str, str], prompts.Prompt] = {}
-        for task, questions in C.QUESTIONS.items():
-            for question in questions:
-                self.prompts[task, question] = self.prompt(task, question)
-        self.passages = prose.passages("train", self.tokenizer)
+        groups = [
+            {"params": list(self.parameters.values()), "peak": C.RATE_ADAPTER, "from": 0},
+            {"params": list(self.towers.parameters()), "peak": C.RATE_TOWER, "from": C.TOWERS_FROM},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        self.passages = [
+            p
+            for kind in C.PROSE_KINDS
+            for p in prose.passages(kind, "train", self.tokenizer, C.TRAINING_PASSAGE_TOKENS)
+        ]
 
-    def prompt(self, task: str, question: str) -> prompts.Prompt:
-        tokens = C.ORACLE_AUDIO_TOKENS if self.options.oracle == "both" else C.AUDIO_TOKENS
-        return prompts.build_prompt(self.core, self.tokenizer, task, question, tokens)
+    @property
+    def towers_learn(self) -> bool:
+        """Whether gradients reach the towers at the present step."""
+        return self.step >= C.TOWERS_FROM
 
     def resume(self) -> None:
-        """Towers from the warm-up, or everything from the last alignment checkpoint."""
-        for name, target in (("vision", "visual"), ("audio", "audio_tower")):
-            file = self.folder / f"warm_{name}.safetensors"
-            if file.exists():
-                state = load_file(file)
-                self.towers[target].load_state_dict(
-                    {k.removeprefix("tower."): v for k, v in state.items() if k.startswith("tower.")}
-                )
+        """Everything from the last alignment checkpoint, or towers from the warm-up."""
         file = self.folder / "align.safetensors"
-        if not file.exists():
+        if file.exists():
+            state = load_file(file)
+            self.step = int(state.pop("step"))
+            self.adapters.load_state_dict({k[9:]: v for k, v in state.items() if k[:9] == "adapters."}, strict=False)
+            self.towers.load_state_dict({k[7:]: v for k, v in state.items() if k[:7] == "towers."})
+            log.info("resumed at step %d", self.step)
             return
-        state = load_file(file)
-        self.step = int(state.pop("step"))
-        trained = bool(state.pop("towers"))
-        self.adapters.load_state_dict({k[9:]: v for k, v in state.items() if k.startswith("adapters.")}, strict=False)
-        if trained:
-            self.towers.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("towers.")})
-        log.info("resumed at step %d, trained towers: %s", self.step, trained)
+        for name, target in (("vision", "visual"), ("audio", "audio_tower")):
+            state = load_file(self.folder / f"warm_{name}.safetensors")
+            self.towers[target].load_state_dict({k[6:]: v for k, v in state.items() if k[:6] == "tower."})
 
     def save(self) -> None:
+        """Write weights and step atomically."""
         state = {f"adapters.{n}": p.detach().contiguous() for n, p in self.parameters.items()}
         state |= {f"towers.{n}": p.detach().contiguous() for n, p in self.towers.state_dict().items()}
-        state |= {
-            "step": torch.tensor(self.step),
-            "towers": torch.tensor(int(not (self.options.oracle or self.options.frozen))),
-        }
         part = self.folder / "align.part"
-        save_file(state, part)
+        save_file(state | {"step": torch.tensor(self.step)}, part)
         part.replace(self.folder / "align.safetensors")
 
-    def features(self, kind: str, data: Data, rows: np.ndarray) -> torch.Tensor:
-        """Projected tokens; with ``--oracle`` the labels' embeddings plus noise stand in for the towers."""
-        tensors = data.vision if kind == "image" else data.audio
-        index = torch.from_numpy(rows)
-        if self.options.oracle == "both" or (self.options.oracle == "vision" and kind == "image"):
-            clean = self.table[tensors["final"][index]]
-            clean = clean if kind == "image" else clean[:, : C.ORACLE_AUDIO_TOKENS]
-            shrink = 0.4 + 0.6 * torch.rand(len(clean), 1, 1)
-            return shrink * clean + 0.4 * clean.std() * torch.randn_like(clean)
-        learning = torch.is_grad_enabled() and not self.options.frozen
+    def features(self, kind: str, inputs: torch.Tensor) -> torch.Tensor:
+        """Projected tokens of pictures or clips."""
+        learning = torch.is_grad_enabled() and self.towers_learn
         with torch.set_grad_enabled(learning), torch.autocast("cpu", torch.bfloat16, self.dtype == torch.bfloat16):
             if kind == "image":
-                return architecture.vision_forward(
-                    self.towers["visual"], architecture.patches(tensors["input"][index])
-                )[0]
-            return architecture.audio_forward(self.towers["audio_tower"], tensors["input"][index].float())[0]
+                return architecture.vision_forward(self.towers["visual"], architecture.patches(inputs))[0]
+            return architecture.audio_forward(self.towers["audio_tower"], inputs.float())[0]
 
-    def hidden(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def hidden(self, embeds: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Last hidden states [B, T, 576]; positions [3, T]."""
         positions = positions[:, None].expand(3, len(embeds), -1)
-        return self.core.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+        return self.core.language_model(
+            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False
+        ).last_hidden_state
 
-    def answer_logits(self, task: str, question: str, data: Data, drawn: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits at the answer positions and their targets."""
-        pictures, sounds, answers = drawn
-        prompt = self.prompts[task, question]
-        targets = prompts.answer_targets(self.tokenizer, task, answers)
-        ids = prompt.ids.repeat(len(answers), 1)
-        ids[:, prompt.start :] = targets[:, :-1].clamp(min=self.tokenizer.eos_token_id)
-        embeds = self.core.language_model.embed_tokens(ids)
-        for kind, rows, where in (("image", pictures, prompt.image), ("audio", sounds, prompt.audio)):
+    def answer_logits(self, packed: prompts.Packed, pictures: torch.Tensor, sounds: torch.Tensor) -> torch.Tensor:
+        """Logits [answer tokens, vocabulary] in the order of ``packed.targets``."""
+        embeds = self.core.language_model.embed_tokens(packed.ids)
+        for kind, inputs, where in (("image", pictures, packed.image), ("audio", sounds, packed.audio)):
             if len(where):
-                embeds = embeds.index_copy(1, where, self.features(kind, data, rows).to(embeds.dtype))
-        states = self.hidden(embeds, prompt.positions)[:, prompt.start - 1 :]
-        return self.model.lm_head(states).float(), targets
+                embeds = embeds.index_copy(1, where, self.features(kind, inputs).to(embeds.dtype))
+        states = self.hidden(embeds, packed.positions, packed.mask.to(embeds.dtype))
+        return self.model.lm_head(states[packed.targets >= 0]).float()
+
+    def pass_scene(
+        self, scene: str, data: Scenes, count: int, rng: np.random.Generator
+    ) -> tuple[prompts.Packed, torch.Tensor]:
+        """One drawn batch of a scene and its answer logits."""
+        pictures, sounds = data.draw(scene, count, rng)
+        asked = data.questions(scene, pictures, sounds, rng)
+        packed = prompts.pack(self.core, self.tokenizer, C.SCENES[scene]["media"], asked)
+        return packed, self.answer_logits(packed, data.vision["input"][pictures], data.audio["input"][sounds])
 
     def prose_loss(self, rng: np.random.Generator) -> torch.Tensor:
         """Divergence from the original language model on prose."""
-        rows = torch.tensor(np.array(self.passages)[rng.integers(0, len(self.passages), 4)])
+        rows = torch.tensor(np.array(self.passages)[rng.integers(0, len(self.passages), C.PROSE_BATCH)])
         positions = torch.arange(rows.shape[1]).expand(3, -1)
         embeds = self.core.language_model.embed_tokens(rows)
         with torch.no_grad():
@@ -216,75 +162,72 @@ class Alignment:
         found = self.model.lm_head(self.hidden(embeds, positions)).float().log_softmax(-1)
         return F.kl_div(found.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
 
-    def loss(self, task: str, data: Data, rng: np.random.Generator) -> torch.Tensor:
-        if task == "prose":
+    def loss(self, scene: str, data: Scenes, rng: np.random.Generator) -> torch.Tensor:
+        """Loss of one step."""
+        if scene == "prose":
             return self.prose_loss(rng)
-        question = str(rng.choice(C.QUESTIONS[task]))
-        drawn = data.draw(task, self.options.batch, rng)
-        logits, targets = self.answer_logits(task, question, data, drawn)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        packed, logits = self.pass_scene(scene, data, C.SCENES[scene]["batch"], rng)
+        return F.cross_entropy(logits, packed.targets[packed.targets >= 0])
 
     @torch.no_grad()
-    def score(self, data: Data, count: int = 24) -> dict[str, float]:
-        """Share of exact answers under teacher forcing, which for exact answers equals greedy decoding."""
-        result = {}
-        for task, questions in C.QUESTIONS.items():
-            for question in questions if task == "joint" else questions[:1]:
-                drawn = data.draw(task, count, pools.stream("score", task))
-                logits, targets = self.answer_logits(task, question, data, drawn)
-                right = (logits.argmax(-1) == targets) | (targets == -100)
-                result[f"{task} {question[:24]}"] = round(right.all(1).float().mean().item(), 2)
-        return result
+    def score(self, data: Scenes, count: int = 40) -> str:
+        """Share of exact answers by scene and task under teacher forcing, which for whole answers is greedy decoding."""
+        shown = []
+        for scene, plan in C.SCENES.items():
+            packed, logits = self.pass_scene(scene, data, count, pools.stream("score", scene))
+            wrong = torch.zeros_like(packed.targets, dtype=torch.bool)
+            wanted = packed.targets >= 0
+            wrong[wanted] = logits.argmax(-1) != packed.targets[wanted]
+            for task, (first, last) in zip(plan["tasks"], packed.branches, strict=True):
+                shown.append(f"{scene}.{task} {1 - wrong[:, first:last].any(1).float().mean():.2f}")
+        return " ".join(shown)
 
-    def run(self, data: Data, check: Data) -> None:
-        started, options, first = time.time(), self.options, self.step
-        tasks = TASKS["oracle" if options.oracle else "towers"]
+    def rate(self, first: int, since: int) -> float:
+        """Share of the peak rate: a rise after ``since`` or a resume, constant, then down over the last 45 percent."""
+        left = (self.steps - self.step) / self.steps
+        return max(0.0, min(1.0, (self.step - max(first, since) + 1) / 15)) * min(1.0, max(0.04, left / 0.45))
+
+    def run(self, data: Scenes, check: Scenes) -> None:
+        """Train to the last step."""
+        started, first = time.time(), self.step
         sums: dict[str, list[float]] = {}
-        while self.step < options.steps:
-            task = tasks[self.step % len(tasks)]
-            # Constant after a short rise, then down to a tenth over the last third.
-            left = (options.steps - self.step) / (options.steps - first)
-            scale = min(1.0, (self.step - first + 1) / 10) * min(1.0, max(0.1, left * 3))
+        while self.step < self.steps:
+            scene = C.ROUND[self.step % len(C.ROUND)]
             for group in self.optimizer.param_groups:
-                group["lr"] = group["peak"] * scale
-            loss = self.loss(task, data, pools.stream("align", self.step))
+                group["lr"] = group["peak"] * self.rate(first, group["from"])
+            loss = self.loss(scene, data, pools.stream("align", self.step))
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], 1.0)
+            for group in self.optimizer.param_groups:
+                nn.utils.clip_grad_norm_(group["params"], 1.0)
             self.optimizer.step()
             self.step += 1
-            sums.setdefault(task, []).append(loss.item())
-            if self.step % len(tasks) == 0:
+            sums.setdefault(scene, []).append(loss.item())
+            if self.step % len(C.ROUND) == 0:
                 shown = " ".join(f"{k} {np.mean(v):.3f}" for k, v in sorted(sums.items()))
-                log.info("step %d of %d %s %.0f s", self.step, options.steps, shown, time.time() - started)
+                log.info("step %d of %d %s %.0f s", self.step, self.steps, shown, time.time() - started)
                 sums = {}
                 self.save()
-            if self.step % (3 * len(tasks)) == 0:
+            if self.step % (4 * len(C.ROUND)) == 0:
                 log.info("step %d exact on calibration: %s", self.step, self.score(check))
         self.save()
 
 
 def main() -> None:
+    """Command line: the working folder, the number of steps, threads."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("/tmp/train"))
     parser.add_argument("--steps", type=int, default=C.ALIGN_STEPS)
-    parser.add_argument("--batch", type=int, default=C.ALIGN_BATCH)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--oracle", choices=["both", "vision"], help="stand-in features, while towers still warm up")
-    parser.add_argument("--frozen", action="store_true", help="keep the towers as the warm-up left them")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     torch.set_num_threads(options.threads)
-    job = Alignment(options.work, options)
-    shares = {"vision": 0.15 if options.oracle else 1.0, "audio": 0.15 if options.oracle == "both" else 0.5}
-    data = Data(
-        "train",
-        {k: int(v * shares["vision"]) for k, v in C.VISION_POOL.items()},
-        {k: int(v * shares["audio"]) for k, v in C.AUDIO_POOL.items()},
-        6 if options.oracle == "both" else C.CLIPS,
+    job = Alignment(options.work, options.steps)
+    data = Scenes("train", C.VISION_POOL, C.AUDIO_POOL, C.CLIPS)
+    check = Scenes(
+        "calibration", *(dict.fromkeys(p, C.CHECK) for p in (C.VISION_POOL, C.AUDIO_POOL)), dict.fromkeys(C.CLIPS, 3)
     )
-    check = Data("calibration", {"words": 165, "numbers": 60, "digits": 60}, {"words": 116, "digits": 60}, 2)
     log.info("data ready")
     job.run(data, check)
 

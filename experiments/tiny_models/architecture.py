@@ -66,6 +66,11 @@ def thinker_config():
     )  # fmt: skip
 
 
+def compute_dtype() -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively; elsewhere it is emulated at a third of float32's speed."""
+    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+
+
 def towers(names: tuple[str, ...] = ("vision", "audio"), seed: int = C.SEED) -> nn.ModuleDict:
     """Freshly initialised towers, under the names they have in the full model."""
     from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as omni
@@ -90,16 +95,11 @@ def patches(images: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache
-def _patch_positions() -> torch.Tensor:
+def patch_positions() -> torch.Tensor:
     """Row and column of every patch in merge order [2, patches]."""
     rows, columns = torch.meshgrid(torch.arange(C.HEIGHT // C.PATCH), torch.arange(C.WIDTH // C.PATCH), indexing="ij")
     both = torch.stack([rows, columns]).view(2, C.ROWS, C.MERGE, C.COLUMNS, C.MERGE)
     return both.permute(0, 1, 3, 2, 4).reshape(2, -1)
-
-
-def patch_columns() -> torch.Tensor:
-    """Sub-column index of every patch in merge order."""
-    return _patch_positions()[1]
 
 
 def _heads(tensor: torch.Tensor) -> torch.Tensor:
@@ -116,7 +116,7 @@ def vision_forward(tower: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor
     """Batched equivalent of the vision tower: merged tokens [batch, 16, 576], patch states after half the layers."""
     weight = tower.patch_embed.proj.weight
     hidden = F.linear(pixels, weight.flatten(1))
-    cos, sin = tower.rotary_pos_emb(hidden, _patch_positions().T)
+    cos, sin = tower.rotary_pos_emb(hidden, patch_positions().T)
     middle = hidden
     for index, block in enumerate(tower.blocks):
         normed = block.norm1(hidden)

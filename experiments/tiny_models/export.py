@@ -14,54 +14,52 @@ from safetensors.torch import load_file, save_file
 from masq.models.zoo import smol_omni
 
 from . import architecture, dataset
+from . import constants as C
 
 log = logging.getLogger(__name__)
-SHIPPED = ("weights.safetensors", "config.json", "calibration.parquet", "evaluation.parquet")
 
 
 def weights(work: Path) -> dict[str, torch.Tensor]:
-    """Towers and adapter of the alignment checkpoint, under the names the loader reads."""
-    state = load_file(work / "align.safetensors")
-    found = {k.removeprefix("towers."): v for k, v in state.items() if k.startswith("towers.")}
-    if not bool(state["towers"]):
-        for name, target in (("vision", "visual"), ("audio", "audio_tower")):
-            warm = load_file(work / f"warm_{name}.safetensors")
-            found |= {k.replace("tower", target, 1): v for k, v in warm.items() if k.startswith("tower.")}
-    for name, value in state.items():
-        if name.startswith("adapters."):
+    """Towers and adapter of the alignment checkpoint in float16, under the names the loader reads."""
+    found = {}
+    for name, value in load_file(work / "align.safetensors").items():
+        if name.startswith("towers."):
+            found[name.removeprefix("towers.")] = value
+        elif name.startswith("adapters."):
             place, side = name.removeprefix("adapters.").split(".")
             layer, projection = place.split("_")
             found[f"adapter.{layer}.{projection}.{side}"] = value
-    return {k: v.float().contiguous() for k, v in sorted(found.items())}
+    halves = {name: value.half().contiguous() for name, value in sorted(found.items())}
+    assert all(torch.isfinite(value).all() for value in halves.values()), "a weight does not fit float16"
+    return halves
 
 
 def write_checksums(folder: Path) -> None:
     """List the SHA-256 of every shipped file."""
-    lines = [f"{hashlib.sha256((folder / n).read_bytes()).hexdigest()}  {n}\n" for n in SHIPPED]
+    names = (smol_omni.WEIGHTS, smol_omni.CONFIG, *(f"{split}.parquet" for split in smol_omni.SPLITS))
+    lines = [f"{hashlib.sha256((folder / n).read_bytes()).hexdigest()}  {n}\n" for n in names]
     (folder / smol_omni.CHECKSUMS).write_text("".join(lines))
+    for name in names:
+        log.info("%s: %.1f MB", name, (folder / name).stat().st_size / 1e6)
 
 
 def main() -> None:
-    """Command line: the training folder; ``--weights-only`` keeps the data files that are there."""
+    """Command line: the training folder; ``--part`` writes weights or data alone and keeps the other."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("/tmp/train"))
+    parser.add_argument("--output", type=Path, default=smol_omni.FOLDER)
     parser.add_argument("--part", choices=["all", "weights", "data"], default="all")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-    folder = smol_omni.FOLDER
-    folder.mkdir(exist_ok=True)
+    options.output.mkdir(exist_ok=True, parents=True)
     if options.part != "weights":
-        dataset.write(folder, smol_omni.build_tokenizer(smol_omni.language_file()))
+        dataset.write(options.output, smol_omni.build_tokenizer(smol_omni.language_file()), C.SHIPPED)
         log.info("data written")
     if options.part != "data":
-        save_file(weights(options.work), folder / smol_omni.WEIGHTS)
+        save_file(weights(options.work), options.output / smol_omni.WEIGHTS)
         config = architecture.thinker_config().to_dict()
-        (folder / smol_omni.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    if all((folder / name).exists() for name in SHIPPED):
-        write_checksums(folder)
-    for name in SHIPPED:
-        if (folder / name).exists():
-            log.info("%s: %.1f MB", name, (folder / name).stat().st_size / 1e6)
+        (options.output / smol_omni.CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_checksums(options.output)
 
 
 if __name__ == "__main__":

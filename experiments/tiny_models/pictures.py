@@ -1,4 +1,8 @@
-"""Printed words, printed numbers and handwritten numbers, with the label of every image column."""
+"""Printed words, numbers, plates and tables, and handwritten digits, with the label of every token and patch.
+
+A sample has ``kind``, ``text`` (what is written), ``image`` (uint8 [56, 224]), ``tokens`` (a label for each of the
+2 x 8 merged tokens, row by row) and ``letters`` (a character or nothing for each of the 4 x 16 patches, row by row).
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,12 @@ from . import constants as C
 
 
 @lru_cache
-def font_files(held_out: bool) -> tuple[str, ...]:
-    """Paths of the training fonts, or of the fonts kept for evaluation."""
+def font_files(split: str) -> tuple[str, ...]:
+    """Paths of the fonts of one split; calibration shares those of training."""
     found = sorted(str(p) for folder in C.FONT_FOLDERS for p in Path(folder).glob("*.[to]tf"))
     found = [f for f in found if not any(skip in f for skip in C.FONTS_SKIPPED)]
-    kept = [f for f in found if any(f.split("/")[-1].startswith(h) for h in C.FONTS_HELD_OUT) == held_out]
+    held = {f: s for f in found for s, names in C.FONTS_HELD_OUT.items() if Path(f).name.startswith(names)}
+    kept = [f for f in found if held.get(f, "train") == (split if split in C.FONTS_HELD_OUT else "train")]
     if not kept:
         raise FileNotFoundError(f"no fonts in {C.FONT_FOLDERS}: install the font packages named in README.md")
     return tuple(kept)
@@ -32,13 +37,17 @@ def _finish(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Blend dark ink over light paper with random contrast, add noise, keep 5 bits per pixel."""
     paper, pen = rng.uniform(190, 255), rng.uniform(0, 90)
     grey = paper + (pen - paper) * ink
-    grey = grey + rng.normal(0, rng.uniform(0, 8), grey.shape)
+    grey = grey + rng.normal(0, rng.uniform(0, C.GREY_NOISE), grey.shape)
     return (np.clip(np.round(grey / 8), 0, 31) * 8).astype(np.uint8)
 
 
+def _sample(kind: str, text: str, ink: np.ndarray, tokens: list, letters: list, rng: np.random.Generator) -> dict:
+    return {"kind": kind, "text": text, "image": _finish(ink, rng), "tokens": tokens, "letters": letters}
+
+
 def word_sample(word: str, fonts: tuple[str, ...], rng: np.random.Generator) -> dict:
-    """One printed word: its token under every column it covers, its letters as sub-column labels."""
-    path, size = fonts[rng.integers(len(fonts))], int(rng.integers(26, 44))
+    """One printed word: its token under every column it covers, its letters over every patch column."""
+    path, size = fonts[rng.integers(len(fonts))], int(rng.integers(24, 44))
     while _font(path, size).getlength(word) > C.WIDTH - 8:
         size -= 2
     font = _font(path, size)
@@ -56,7 +65,7 @@ def word_sample(word: str, fonts: tuple[str, ...], rng: np.random.Generator) -> 
         centre = (sub + 0.5) * C.PATCH - x
         if 0 <= centre < ends[-1]:
             letters[sub] = word[int(np.searchsorted(ends, centre, side="right"))]
-    return {"image": _finish(np.asarray(canvas) / 255.0, rng), "answer": word, "columns": columns, "letters": letters}
+    return _sample("word", word, np.asarray(canvas) / 255.0, columns * C.ROWS, letters * C.PATCH_ROWS, rng)
 
 
 def _spread(count: int, gap: int, rng: np.random.Generator) -> list[int]:
@@ -77,18 +86,39 @@ def _labels(text: str, places: list[int], centres: list[float], half: float) -> 
     return columns, letters
 
 
-def number_sample(text: str, fonts: tuple[str, ...], rng: np.random.Generator) -> dict:
-    """One printed number whose digits are centred in distinct columns."""
-    font = _font(fonts[rng.integers(len(fonts))], int(rng.integers(28, 44)))
+def line_sample(kind: str, text: str, fonts: tuple[str, ...], rng: np.random.Generator) -> dict:
+    """One printed number or plate whose characters are centred in distinct columns."""
+    font = _font(fonts[rng.integers(len(fonts))], int(rng.integers(*C.LINE_SIZES[kind])))
     places = _spread(len(text), 2, rng)
-    shift = rng.uniform(-6, 6)
+    shift = rng.uniform(-4, 4)
     centres = [(p + 0.5) * C.CELL + shift + rng.uniform(-1, 1) for p in places]
     y = C.HEIGHT / 2 + rng.uniform(-4, 4)
     canvas = Image.new("L", (C.WIDTH, C.HEIGHT))
     for character, centre in zip(text, centres, strict=True):
         ImageDraw.Draw(canvas).text((centre, y), character, fill=255, font=font, anchor="mm")
     columns, letters = _labels(text, places, centres, 11)
-    return {"image": _finish(np.asarray(canvas) / 255.0, rng), "answer": text, "columns": columns, "letters": letters}
+    return _sample(kind, text, np.asarray(canvas) / 255.0, columns * C.ROWS, letters * C.PATCH_ROWS, rng)
+
+
+def table_sample(fonts: tuple[str, ...], rng: np.random.Generator) -> dict:
+    """Two rows of two cells; a cell is a letter and a value of two digits, as in ``A37``, one character per column."""
+    font = _font(fonts[rng.integers(len(fonts))], int(rng.integers(*C.TABLE_SIZES)))
+    keys = rng.choice(list(C.PLATE_LETTERS), 4, replace=False)
+    cells = [f"{key}{value}" for key, value in zip(keys, rng.choice(np.arange(10, 100), 4, replace=False), strict=True)]
+    canvas, tokens, letters = Image.new("L", (C.WIDTH, C.HEIGHT)), [], []
+    draw, shift = ImageDraw.Draw(canvas), rng.uniform(-3, 3)
+    for row in range(C.ROWS):
+        y = (row + 0.5) * C.CELL + rng.uniform(-2, 2)
+        first = int(rng.integers(0, 2))
+        places = [first + p for p in (0, 1, 2, 4, 5, 6)]
+        text = cells[2 * row] + cells[2 * row + 1]
+        centres = [(p + 0.5) * C.CELL + shift + rng.uniform(-1, 1) for p in places]
+        for character, centre in zip(text, centres, strict=True):
+            draw.text((centre, y), character, fill=255, font=font, anchor="mm")
+        line, marks = _labels(text, places, centres, 9)
+        tokens += line
+        letters += marks * C.MERGE
+    return _sample("table", " ".join(cells), np.asarray(canvas) / 255.0, tokens, letters, rng)
 
 
 @lru_cache
@@ -96,7 +126,9 @@ def handwriting(split: str) -> tuple[np.ndarray, np.ndarray]:
     """The handwritten digits of one split: scans of scikit-learn's data set, never shared by two splits."""
     scans, targets = load_digits(return_X_y=True)
     order = np.random.default_rng(C.SEED).permutation(len(targets))
-    part = {"train": order[:1150], "calibration": order[1150:1400], "evaluation": order[1400:]}[split]
+    edges = np.cumsum([0, *C.SCANS.values()])
+    at = list(C.SCANS).index(split)
+    part = order[edges[at] : edges[at + 1]]
     return scans[part].reshape(-1, 8, 8) / 16.0, targets[part]
 
 
@@ -118,10 +150,16 @@ def handwritten_sample(split: str, rng: np.random.Generator) -> dict:
         np.maximum(region, np.asarray(scan) / 255.0, out=region)
     text = "".join(str(targets[p]) for p in picks)
     columns, letters = _labels(text, places, centres, 14)
-    return {"image": _finish(ink, rng), "answer": text, "columns": columns, "letters": letters}
+    return _sample("hand", text, ink, columns * C.ROWS, letters * C.PATCH_ROWS, rng)
 
 
-def number_text(rng: np.random.Generator) -> str:
-    """A number of two to four digits."""
-    count = int(rng.integers(2, 5))
+def number_text(rng: np.random.Generator, count: int = 0) -> str:
+    """A number of ``count`` digits, of two to four if it is 0."""
+    count = count or int(rng.integers(2, 5))
     return str(rng.integers(10 ** (count - 1), 10**count))
+
+
+def plate_text(rng: np.random.Generator) -> str:
+    """Three to six letters and digits in turn, beginning with a letter, so that every character is a token."""
+    count = int(rng.integers(3, 7))
+    return "".join(str(rng.integers(10)) if i % 2 else str(rng.choice(list(C.PLATE_LETTERS))) for i in range(count))

@@ -1,16 +1,16 @@
-"""Training pools kept in memory: pictures with column labels, log-mel clips with token labels."""
+"""Samples of a split and their tensors: pictures and log-mel clips, each with the class of every token."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
+from . import architecture, pictures, speech
 from . import constants as C
-from . import pictures, speech
 
-CLASSES = [C.NEUTRAL, *C.DIGITS, *C.PRINTED_WORDS]
+CLASSES = list(dict.fromkeys([C.NEUTRAL, *C.DIGITS, *C.PLATE_LETTERS, *C.PRINTED_WORDS, *C.COMMANDS.values()]))
 CLASS_OF = {name: index for index, name in enumerate(CLASSES)}
-LETTERS = ["", *"abcdefghijklmnopqrstuvwxyz0123456789"]
+LETTERS = ["", *"abcdefghijklmnopqrstuvwxyz0123456789", *C.PLATE_LETTERS]
 LETTER_OF = {name: index for index, name in enumerate(LETTERS)}
 
 
@@ -20,33 +20,63 @@ def stream(*key: int | str) -> np.random.Generator:
     return np.random.default_rng([C.SEED, *digest])
 
 
+def vision_sample(kind: str, index: int, split: str, rng: np.random.Generator) -> dict:
+    """One picture; words come in turn."""
+    fonts = pictures.font_files(split)
+    if kind == "word":
+        return pictures.word_sample(C.PRINTED_WORDS[index % len(C.PRINTED_WORDS)], fonts, rng)
+    if kind == "number":
+        # Every other number has two digits: those can be compared with spoken ones.
+        return pictures.line_sample(kind, pictures.number_text(rng, 2 * (index % 2)), fonts, rng)
+    if kind == "plate":
+        return pictures.line_sample(kind, pictures.plate_text(rng), fonts, rng)
+    if kind == "table":
+        return pictures.table_sample(fonts, rng)
+    return pictures.handwritten_sample(split, rng)
+
+
 def vision_samples(split: str, sizes: dict[str, int]) -> list[dict]:
-    """Picture samples of one split, each with its kind."""
-    rng, fonts = stream("vision", split), pictures.font_files(split == "evaluation")
-    samples = []
-    for kind, count in sizes.items():
-        for index in range(count):
-            if kind == "words":
-                sample = pictures.word_sample(C.PRINTED_WORDS[index % len(C.PRINTED_WORDS)], fonts, rng)
-            elif kind == "numbers":
-                sample = pictures.number_sample(pictures.number_text(rng), fonts, rng)
-            else:
-                sample = pictures.handwritten_sample(split, rng)
-            samples.append({**sample, "kind": kind})
-    return samples
+    """Picture samples of one split, kind after kind."""
+    rng = stream("vision", split)
+    return [vision_sample(kind, index, split, rng) for kind, count in sizes.items() for index in range(count)]
 
 
-def audio_samples(split: str, sizes: dict[str, int], clips: int) -> list[dict]:
-    """Spoken samples of one split; ``clips`` recordings of every word and digit are synthesised."""
+class Speaker:
+    """The recordings of one split, and samples made of them."""
+
+    def __init__(self, split: str, clips: dict[str, int], rng: np.random.Generator) -> None:
+        """Synthesise ``clips`` recordings of each word, digit and command."""
+        self.words = speech.clip_bank(C.SPOKEN_WORDS, clips["word"], split, rng)
+        self.digits = speech.clip_bank(C.DIGIT_NAMES, clips["digits"], split, rng)
+        self.commands = speech.clip_bank([*C.COMMANDS], clips["command"], split, rng)
+
+    def sample(self, kind: str, index: int, rng: np.random.Generator) -> dict:
+        """One clip; words, numbers of digits and commands come in turn."""
+        if kind == "word":
+            return self.word(C.SPOKEN_WORDS[index % len(C.SPOKEN_WORDS)], rng)
+        if kind == "digits":
+            # Twice as many of two digits, to be compared with printed numbers.
+            return self.number("".join(rng.choice(C.DIGITS, (1, 2, 2, 3)[index % 4])), rng)
+        return self.command([*C.COMMANDS][index % len(C.COMMANDS)], rng)
+
+    def word(self, text: str, rng: np.random.Generator) -> dict:
+        """A spoken word."""
+        return speech.word_sample("word", text, self.words[text], rng)
+
+    def number(self, text: str, rng: np.random.Generator) -> dict:
+        """A number spoken digit by digit."""
+        return speech.digit_sample(text, self.digits, rng)
+
+    def command(self, text: str, rng: np.random.Generator) -> dict:
+        """A spoken question about a picture, labelled by its one word."""
+        return speech.word_sample("command", C.COMMANDS[text], self.commands[text], rng)
+
+
+def audio_samples(split: str, sizes: dict[str, int], clips: dict[str, int]) -> list[dict]:
+    """Spoken samples of one split, kind after kind."""
     rng = stream("audio", split)
-    words = speech.clip_bank(C.SPOKEN_WORDS, clips * len(C.SPOKEN_WORDS), split, rng)
-    digits = speech.clip_bank(C.DIGIT_NAMES, 3 * clips * len(C.DIGIT_NAMES), split, rng)
-    samples = []
-    for index in range(sizes["words"]):
-        samples.append({**speech.word_sample(words, index % len(C.SPOKEN_WORDS), rng), "kind": "words"})
-    for index in range(sizes["digits"]):
-        samples.append({**speech.digit_sample(digits, 1 + index % C.SLOTS, rng), "kind": "digits"})
-    return samples
+    speaker = Speaker(split, clips, rng)
+    return [speaker.sample(kind, index, rng) for kind, count in sizes.items() for index in range(count)]
 
 
 def class_ids(labels: list[str]) -> list[int]:
@@ -55,11 +85,14 @@ def class_ids(labels: list[str]) -> list[int]:
 
 
 def vision_tensors(samples: list[dict]) -> dict[str, torch.Tensor]:
-    """Stack pictures, per-token classes (both token rows alike) and per-patch letters."""
-    columns = torch.tensor([class_ids(s["columns"]) for s in samples])
+    """Stack pictures [n, 56, 224], the class of each token [n, 16] and the letter of each patch [n, 64]."""
     letters = torch.tensor([[LETTER_OF[c] for c in s["letters"]] for s in samples])
-    images = torch.from_numpy(np.stack([s["image"] for s in samples]))
-    return {"input": images, "final": columns.repeat(1, C.ROWS), "aux": letters}
+    rows, columns = architecture.patch_positions()
+    return {
+        "input": torch.from_numpy(np.stack([s["image"] for s in samples])),
+        "final": torch.tensor([class_ids(s["tokens"]) for s in samples]),
+        "aux": letters[:, rows * C.SUBCOLUMNS + columns],
+    }
 
 
 def mel_features(waves: list[np.ndarray]) -> torch.Tensor:
@@ -76,7 +109,7 @@ def mel_features(waves: list[np.ndarray]) -> torch.Tensor:
 
 
 def audio_tensors(samples: list[dict]) -> dict[str, torch.Tensor]:
-    """Stack log-mel features with the final and the local class of every token."""
+    """Stack log-mel features [n, 80, 160] with the final and the local class of every token [n, 40]."""
     return {
         "input": mel_features([s["audio"] for s in samples]),
         "final": torch.tensor([class_ids(s["final"]) for s in samples]),

@@ -3,47 +3,52 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+log = logging.getLogger(__name__)
 PACKAGE = "experiments.tiny_models"
-STAGES: list[tuple[str, list[str]]] = [
-    ("warmup", ["vision", "--work", "{work}"]),
-    ("warmup", ["audio", "--work", "{work}"]),
-    ("align", ["--oracle", "both", "--work", "{work}", "--batch", "{oracle_batch}", "--steps", "{oracle}"]),
-    ("align", ["--frozen", "--work", "{work}", "--threads", "{threads}"]),
-    ("align", ["--work", "{work}", "--threads", "{threads}", "--batch", "{joint_batch}", "--steps", "{joint}"]),
-    ("export", ["--work", "{work}"]),
-    ("evaluate", ["--original", "--threads", "{threads}"]),
-]
+# Passive waiting and few returned pages: worth a factor of two on small shared machines, no effect on results.
+QUIET = {
+    "OMP_WAIT_POLICY": "passive",
+    "MALLOC_MMAP_THRESHOLD_": "2000000000",
+    "MALLOC_TRIM_THRESHOLD_": "2000000000",
+}
+
+
+def stages(work: Path, threads: int) -> list[list[list[str]]]:
+    """Modules and their arguments in order; those of one entry are independent and run side by side."""
+    folder = ["--work", str(work)]
+    float_run = ["model=smol_omni", "modality=tri", "scheme=w16a16", "method=none", f"output.root={work / 'float'}"]
+    return [
+        [[f"{PACKAGE}.warmup", "vision", *folder], [f"{PACKAGE}.warmup", "audio", *folder]],
+        [[f"{PACKAGE}.align", *folder, "--threads", str(threads)]],
+        [[f"{PACKAGE}.export", *folder]],
+        [["masq", "run", *float_run]],
+        [[f"{PACKAGE}.card", str(work / "float")]],
+    ]
 
 
 def main() -> None:
     """Command line: the folder for checkpoints and the number of threads."""
-    from . import constants as C
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("/tmp/train"))
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     options.work.mkdir(parents=True, exist_ok=True)
-    values = {
-        "work": str(options.work),
-        "threads": str(options.threads),
-        "oracle": str(C.ORACLE_STEPS),
-        "oracle_batch": str(C.ORACLE_BATCH),
-        "joint": str(C.JOINT_STEPS),
-        "joint_batch": str(C.JOINT_BATCH),
-    }
-    # Passive waiting and few returned pages: worth a factor of two on small shared machines, no effect on results.
-    kept = "2000000000"
-    quiet = {"OMP_WAIT_POLICY": "passive", "MALLOC_MMAP_THRESHOLD_": kept, "MALLOC_TRIM_THRESHOLD_": kept}
-    for module, arguments in STAGES:
-        command = [sys.executable, "-m", f"{PACKAGE}.{module}", *(a.format(**values) for a in arguments)]
-        print(" ".join(command), flush=True)
-        subprocess.run(command, check=True, env={**os.environ, **quiet})
+    for together in stages(options.work, options.threads):
+        started = time.time()
+        commands = [[sys.executable, "-m", *one] for one in together]
+        running = [subprocess.Popen(command, env={**os.environ, **QUIET}) for command in commands]
+        for command, process in zip(commands, running, strict=True):
+            if process.wait():
+                raise SystemExit(f"{' '.join(command)} ended with {process.returncode}; repeat the recipe to resume")
+        log.info("%s: %.0f s", ", ".join(" ".join(one[:2]) for one in together), time.time() - started)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Spoken words and digit sequences from espeak-ng, with the label of every audio token."""
+"""Spoken words, digit sequences and short commands from espeak-ng, with the label of every audio token.
+
+A sample has ``kind``, ``text`` (what is said; of a command, its label), ``audio`` (int16 [25600]), ``local`` (a label
+where something is heard) and ``final`` (the label of every one of the 40 tokens).
+"""
 
 from __future__ import annotations
 
@@ -25,8 +29,8 @@ def _synthesise(job: tuple[str, str, int, int]) -> np.ndarray:
 
 
 def _jobs(texts: list[str], count: int, split: str, rng: np.random.Generator) -> list[tuple]:
-    """Voices, speeds and pitches: odd speeds are kept for calibration, held-out variants for evaluation."""
-    variants = C.VARIANTS_HELD_OUT if split == "evaluation" else C.VARIANTS
+    """Voices, speeds and pitches: odd speeds are kept for calibration, held-out variants for the other splits."""
+    variants = C.VARIANTS_HELD_OUT.get(split, C.VARIANTS)
     jobs = []
     for index in range(count):
         voice = f"{rng.choice(C.ACCENTS)}+{rng.choice(variants)}"
@@ -35,21 +39,18 @@ def _jobs(texts: list[str], count: int, split: str, rng: np.random.Generator) ->
     return jobs
 
 
-def clip_bank(texts: list[str], count: int, split: str, rng: np.random.Generator) -> list[list[np.ndarray]]:
-    """Synthesise ``count`` clips in turn over ``texts`` and group them by text."""
-    jobs = _jobs(texts, count, split, rng)
+def clip_bank(texts: list[str], each: int, split: str, rng: np.random.Generator) -> dict[str, list[np.ndarray]]:
+    """Synthesise ``each`` clips of every text."""
+    jobs = _jobs(texts, each * len(texts), split, rng)
     with ThreadPoolExecutor(2) as pool:
         clips = list(pool.map(_synthesise, jobs))
-    bank: list[list[np.ndarray]] = [[] for _ in texts]
-    for index, clip in enumerate(clips):
-        bank[index % len(texts)].append(clip)
-    return bank
+    return {text: clips[index :: len(texts)] for index, text in enumerate(texts)}
 
 
 def _finish(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Add a little noise, set the level and keep 11 bits, so that lossless files stay small."""
-    wave = wave * rng.uniform(0.3, 0.6) + rng.normal(0, rng.uniform(0, 0.004), C.SAMPLES)
-    return (np.round(np.clip(wave, -1, 1) * 1023) * 32).astype(np.int16)
+    """Set the level, add noise and keep 8 bits, so that lossless files stay small."""
+    wave = wave * rng.uniform(0.3, 0.6) + rng.normal(0, rng.uniform(0, C.AUDIO_NOISE), C.SAMPLES)
+    return (np.round(np.clip(wave, -1, 1) * 127) * 256).astype(np.int16)
 
 
 def word_clip(clip: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, int, int]:
@@ -73,20 +74,19 @@ def digit_clip(clips: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
     return _finish(wave, rng)
 
 
-def word_sample(bank: list[list[np.ndarray]], word: int, rng: np.random.Generator) -> dict:
-    """One spoken word with token labels: ``local`` where it is heard, ``final`` everywhere."""
-    wave, first, last = word_clip(bank[word][rng.integers(len(bank[word]))], rng)
-    text = C.SPOKEN_WORDS[word]
+def word_sample(kind: str, text: str, clips: list[np.ndarray], rng: np.random.Generator) -> dict:
+    """One spoken word or command with token labels: ``local`` where it is heard, ``final`` everywhere."""
+    wave, first, last = word_clip(clips[rng.integers(len(clips))], rng)
     local = [C.NEUTRAL] * C.AUDIO_TOKENS
     local[first : last + 1] = [text] * (last + 1 - first)
-    return {"audio": wave, "answer": text, "local": local, "final": [text] * C.AUDIO_TOKENS}
+    return {"kind": kind, "text": text, "audio": wave, "local": local, "final": [text] * C.AUDIO_TOKENS}
 
 
-def digit_sample(bank: list[list[np.ndarray]], count: int, rng: np.random.Generator) -> dict:
-    """One spoken number: locally each slot names its digit, finally the tokens repeat the transcript."""
-    digits = rng.integers(0, 10, count)
-    wave = digit_clip([bank[d][rng.integers(len(bank[d]))] for d in digits], rng)
-    names = [str(d) for d in digits] + [C.NEUTRAL] * (C.PERIOD - count)
+def digit_sample(text: str, bank: dict[str, list[np.ndarray]], rng: np.random.Generator) -> dict:
+    """One number spoken digit by digit: locally each slot names its digit, finally the tokens repeat the transcript."""
+    clips = [bank[C.DIGIT_NAMES[int(d)]] for d in text]
+    wave = digit_clip([of_digit[rng.integers(len(of_digit))] for of_digit in clips], rng)
+    names = [*text] + [C.NEUTRAL] * (C.PERIOD - len(text))
     local = [names[min(t // C.SLOT_TOKENS, C.PERIOD - 1)] for t in range(C.AUDIO_TOKENS)]
     final = [names[t % C.PERIOD] for t in range(C.AUDIO_TOKENS)]
-    return {"audio": wave, "answer": "".join(names[:count]), "local": local, "final": final}
+    return {"kind": "digits", "text": text, "audio": wave, "local": local, "final": final}

@@ -42,6 +42,11 @@ def dense_loss(hidden: torch.Tensor, labels: torch.Tensor, table: torch.Tensor) 
     return loss + C.REGRESSION * distance, cosine.argmax(-1)
 
 
+def practice(step: int) -> dict[str, float]:
+    """Shares of a batch of pictures that are drawn from single kinds at ``step``; the rest is drawn from all."""
+    return next(shares for first, shares in reversed(C.PRACTICE.items()) if step >= first)
+
+
 class Warmup:
     """One tower, its auxiliary head, its pools and its optimiser."""
 
@@ -68,15 +73,16 @@ class Warmup:
         """Synthesise the training and calibration pools."""
         started = time.time()
         if self.name == "vision":
+            sizes = dict.fromkeys(C.VISION_POOL, 80)
             train = pools.vision_samples("train", C.VISION_POOL)
-            check = pools.vision_samples("calibration", {"words": 100, "numbers": 100, "digits": 100})
-            held = pools.vision_samples("evaluation", {"words": 100, "numbers": 100, "digits": 100})
+            check, held = (pools.vision_samples(split, sizes) for split in ("calibration", "evaluation"))
             self.make = pools.vision_tensors
         else:
+            sizes, clips = dict.fromkeys(C.AUDIO_POOL, 116), dict.fromkeys(C.CLIPS, 4)
             train = pools.audio_samples("train", C.AUDIO_POOL, C.CLIPS)
-            check = pools.audio_samples("calibration", {"words": 150, "digits": 150}, 3)
-            held = pools.audio_samples("evaluation", {"words": 150, "digits": 150}, 3)
+            check, held = (pools.audio_samples(split, sizes, clips) for split in ("calibration", "evaluation"))
             self.make = pools.audio_tensors
+        self.kinds = len(sizes)
         self.train, self.check, self.held = self.make(train), self.make(check), self.make(held)
         log.info("%s: pools of %d ready in %.0f s", self.name, len(train), time.time() - started)
 
@@ -90,11 +96,9 @@ class Warmup:
 
     def loss(self, data: dict[str, torch.Tensor], rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Total loss and the predicted class of every token."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, architecture.compute_dtype() == torch.bfloat16):
             hidden, aux = self.forward(data["input"][rows])
         labels = data["aux"][rows]
-        if self.name == "vision":
-            labels = labels[:, architecture.patch_columns()]
         side = F.cross_entropy(aux.float().flatten(0, 1), labels.flatten())
         main, found = dense_loss(hidden.float(), data["final"][rows], self.table)
         self.side = (aux.argmax(-1) == labels).float().mean().item()
@@ -105,13 +109,13 @@ class Warmup:
         """Share of samples with every token right, kind by kind; a word counts if most of its tokens name it."""
         found = torch.cat([self.loss(data, rows)[1] for rows in torch.arange(len(data["input"])).split(100)])
         exact = (found == data["final"]).all(1)
-        digits = len(C.DIGITS)
+        digits = len(C.DIGITS) + len(C.PLATE_LETTERS)
         word = data["final"].amax(1)
         votes = torch.where(found > digits, found, -1)
         votes[:, 0] = torch.where(votes.amax(1) < 0, 0, votes[:, 0])
         named = torch.stack([v[v >= 0].mode().values for v in votes])
         exact = torch.where(word > digits, named == word, exact).float()
-        return " ".join(f"{part.mean():.2f}" for part in exact.chunk(3 if self.name == "vision" else 2))
+        return " ".join(f"{part.mean():.2f}" for part in exact.chunk(self.kinds))
 
     def save(self) -> None:
         """Write weights and step atomically."""
@@ -120,25 +124,38 @@ class Warmup:
         save_file({**state, "step": torch.tensor(self.step)}, part)
         part.replace(self.file)
 
+    def rows(self) -> torch.Tensor:
+        """The batch of this step: epoch by epoch, some of it replaced by kinds that need more practice."""
+        size, width = len(self.train["input"]), C.WARM_BATCH[self.name]
+        order = torch.from_numpy(pools.stream("warm", self.name, self.step // (size // width)).permutation(size))
+        at = self.step % (size // width) * width
+        rows, filled = order[at : at + width].clone(), 0
+        if self.name == "vision":
+            rng, edges = pools.stream("practice", self.step), np.cumsum([0, *C.VISION_POOL.values()])
+            for kind, share in practice(self.step).items():
+                number, count = list(C.VISION_POOL).index(kind), round(share * width)
+                rows[filled : filled + count] = torch.from_numpy(rng.integers(*edges[number : number + 2], count))
+                filled += count
+        return rows
+
     def run(self) -> None:
         """Train to the last step with a warm start and cosine decay."""
-        started, size, width = time.time(), len(self.train["input"]), C.WARM_BATCH[self.name]
-        first = self.step
+        started, first = time.time(), self.step
         while self.step < self.steps:
-            order = torch.from_numpy(pools.stream("warm", self.name, self.step // (size // width)).permutation(size))
-            at = self.step % (size // width) * width
-            decay = 0.5 * (1 + math.cos(math.pi * (self.step - first) / (self.steps - first)))
+            rows = self.rows()
+            # The schedule follows the step alone; only the rise is repeated after a resume, for the new moments.
+            decay = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
             rate = C.WARM_RATE[self.name] * min(1.0, (self.step - first + 1) / 50) * decay
             for group in self.optimizer.param_groups:
                 group["lr"] = rate + 1e-5
-            loss, found = self.loss(self.train, order[at : at + width])
+            loss, found = self.loss(self.train, rows)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
             self.optimizer.step()
             self.step += 1
             if self.step % 100 == 0:
-                right = (found == self.train["final"][order[at : at + width]]).float().mean().item()
+                right = (found == self.train["final"][rows]).float().mean().item()
                 log.info(
                     "%s step %d of %d loss %.3f tokens %.3f aux %.3f %.0f s",
                     self.name,

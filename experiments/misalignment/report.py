@@ -1,0 +1,155 @@
+"""The discrimination report: what each task loses under two baselines, and how misaligned the modalities are.
+
+Reads records alone, so that every number in the report is one of theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from tabulate import tabulate
+
+from masq.files import read_json
+from masq.report.record import RunRecord, read_record
+
+SCHEMES = ("w8a8", "w4a8", "w4a6", "w4a4")
+METHODS = ("rtn", "smoothquant")
+MAIN = {"speech": "wer", "manual": "perplexity", "tale": "perplexity", "choice": "acc_norm"}
+
+
+def _score(record: RunRecord, task: str) -> dict[str, Any]:
+    return dict(record.scores[task][MAIN.get(task, "exact_match")])
+
+
+def _shown(record: RunRecord | None, task: str, start: float | None = None) -> str:
+    """A score, or its change from ``start``: points, or for perplexity the factor."""
+    if record is None:
+        return "not run"
+    score = _score(record, task)
+    value, mark = score["value"], "" if score["valid"] else " (!)"
+    if start is None:
+        return (
+            f"{value:.1f}" if task in ("manual", "tale") else f"{100 * value:.1f} ± {100 * score['standard_error']:.1f}"
+        )
+    if task in ("manual", "tale"):
+        return f"x {value / start:.2f}{mark}"
+    return f"{100 * (value - start):+.1f}{mark}"
+
+
+def task_table(folder: Path, prefix: str) -> str:
+    """One row per task: metric, n, float score and the change under every scheme and method."""
+    start = read_record(folder / f"{prefix}-float-none.json")
+    cells = {
+        (scheme, method): read_record(file) if (file := folder / f"{prefix}-{scheme}-{method}.json").exists() else None
+        for scheme in SCHEMES
+        for method in METHODS
+    }
+    rows = []
+    for task in start.scores:
+        first = _score(start, task)
+        changes = [_shown(record, task, first["value"]) for record in cells.values()]
+        rows.append([task, first["metric"], first["n"], _shown(start, task), *changes])
+    headers = ["task", "metric", "n", "float", *(f"{scheme} {method}" for scheme, method in cells)]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _groups(record: dict[str, Any]) -> list[str]:
+    return list(record["blocks"][0])
+
+
+def range_table(record: dict[str, Any]) -> str:
+    """Ratios of channel ranges to text's and the share of channels that a modality dictates, over all blocks."""
+    rows = []
+    for group in _groups(record):
+        for modality in record["blocks"][0][group]["ranges"]:
+            found = [block[group]["ranges"][modality] for block in record["blocks"]]
+            middles = [one["ratio_median"] for one in found]
+            highest = max(range(len(found)), key=lambda i: middles[i])
+            rows.append(
+                [
+                    group,
+                    modality,
+                    f"{median(middles):.2f}",
+                    f"{min(middles):.2f} to {max(middles):.2f} (block {highest})",
+                    f"{mean(one['ratio_p10'] for one in found):.2f} to {mean(one['ratio_p90'] for one in found):.2f}",
+                    f"{100 * mean(one['dictated'] for one in found):.0f} %",
+                ]
+            )
+    headers = ["group", "modality", "median ratio", "lowest to highest block", "10th to 90th percentile", "dictates"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def cost_table(record: dict[str, Any], scheme: str) -> str:
+    """SQNR of a layer's outputs without smoothing, with one factor and with the modality's own, mean over blocks."""
+    rows = []
+    for group in _groups(record):
+        for modality in record["blocks"][0][group]["sqnr"][scheme]:
+            found = [block[group]["sqnr"][scheme][modality] for block in record["blocks"]]
+            costs = [one["own"] - one["shared"] for one in found]
+            rows.append(
+                [group, modality, *(f"{mean(one[kind] for one in found):.1f}" for kind in ("none", "shared", "own"))]
+                + [f"{mean(costs):+.2f}", f"{min(costs):+.2f} to {max(costs):+.2f}"]
+            )
+    headers = ["group", "modality", "none", "shared", "own", "own - shared", "over blocks"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def layer_table(record: dict[str, Any], group: str) -> str:
+    """Figure 4 as numbers: the median range ratio to text of every block."""
+    names = [name for name in record["blocks"][0][group]["ranges"] if name != "text"]
+    rows = [
+        [index, *(f"{block[group]['ranges'][name]['ratio_median']:.2f}" for name in names)]
+        for index, block in enumerate(record["blocks"])
+    ]
+    return tabulate(rows, ["block", *(f"{name} / text" for name in names)], tablefmt="github", disable_numparse=True)
+
+
+def report(records: Path, models: dict[str, str]) -> str:
+    """The whole report in Markdown.
+
+    Args:
+        records: folder with the records of runs and of ``measure``.
+        models: prefix of run records by model name; a model without a float record is left out.
+    """
+    parts = [
+        "# Discrimination report",
+        "Made by `make discrimination`. Changes are in points (perplexity: factor) from the float score of the same "
+        "samples; `(!)` marks scores of models whose answers mostly failed.",
+    ]
+    for model, prefix in models.items():
+        measured = read_json(records / f"misalignment-{model}.json")
+        parts += [f"## {model}: tasks", task_table(records, prefix)]
+        parts += [
+            f"## {model}: activation ranges",
+            f"Range of a channel on a modality's tokens over its range on text tokens, on {measured['samples']} "
+            "calibration samples of the float model. A modality dictates a channel if the largest value is its own.",
+            range_table(measured),
+        ]
+        for scheme in ("w4a8", "w4a6"):
+            parts += [
+                f"## {model}: what one shared factor costs at {scheme}",
+                "SQNR in dB of the outputs of single layers on each modality's tokens, inputs from the float model: "
+                f"without smoothing, with SmoothQuant's factor from all tokens (alpha {measured['alpha']}), and with the "
+                "modality's own factor and weight.",
+                cost_table(measured, scheme),
+            ]
+        parts += [f"## {model}: median range ratio by block (inputs of q, k, v)", layer_table(measured, "qkv")]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Command line: the folder of records, the file to write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--records", type=Path, default=Path("results/records"))
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    known = {"smol_omni": "smol_omni-tri", "smol_vl": "smol_vl-dual"}
+    models = {m: p for m, p in known.items() if (options.records / f"{p}-float-none.json").exists()}
+    options.output.write_text(report(options.records, models))
+
+
+if __name__ == "__main__":
+    main()
