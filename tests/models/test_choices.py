@@ -1,6 +1,7 @@
 """Contexts with all their choices in one sequence: every choice must be read as if it were alone."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from masq.errors import DataError
 from masq.models.base import Modality, Sample
 from masq.models.choices import attention_mask
-from masq.models.zoo import nano
+from masq.models.zoo import nano, smol_omni
 from masq.modules.modality import install
 
 SAMPLES = [
@@ -33,6 +34,15 @@ def test_a_choice_is_plain_text_after_its_context(adapter):
         assert ids[real].tolist() == adapter.tokenizer(whole)["input_ids"]
         assert adapter.tokenizer.decode(ids[mask]) == f" {sample.answer}"
     assert adapter.encode(SAMPLES, with_answer=False).answer_mask.sum() == 0
+
+
+def test_a_merging_tokenizer_begins_a_new_piece_at_the_space():
+    tokenizer = smol_omni.build_tokenizer(smol_omni.language_file())
+    contexts = ("the river", "It ended.", "page 12", 'she said "no"', "wait ...", "café", "a\nb")
+    choices = ("because", "12 men", "'s own", "(no)", "Élan vital", "... and", "x\ny", "日本")
+    for context, choice in itertools.product(contexts, choices):
+        whole = tokenizer(f"{context} {choice}")["input_ids"]
+        assert whole == tokenizer(context)["input_ids"] + tokenizer(f" {choice}")["input_ids"], (context, choice)
 
 
 def test_every_choice_is_marked_once_in_order(adapter):
