@@ -16,7 +16,13 @@ from masq.models.architecture import architecture, count_parameters, input_sizes
 from masq.models.config import Architecture
 from masq.models.zoo import embedded_name
 from masq.numerics.scheme import GROUP_ROLES, GroupName
-from masq.transforms.config import LearnedSmoothing, SearchedSmoothing, SharedSmoothing, takes_moments
+from masq.transforms.config import (
+    LearnedSmoothing,
+    MbqSmoothing,
+    SearchedSmoothing,
+    SharedSmoothing,
+    takes_moments,
+)
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Tasks of the embedded data by what they need besides text, and tokens of one sample: (embedded model, real model).
@@ -250,6 +256,9 @@ def _seconds(
         result["calibration"] = passes * per_token * workload.calibration_tokens
         if isinstance(smoothing, SearchedSmoothing):
             result["search"] = _search_products(config, sizes, workload)
+            if isinstance(smoothing, MbqSmoothing):
+                # Forward, forward again block by block, and back to the inputs of blocks.
+                result["gradients"] = 3 * (per_token + head) * workload.calibration_tokens
         if config.method.compensation.kind != "none":
             sides = sum(25.0 * a * b * min(a, b) for a, b in linear_shapes(sizes).values())
             result["compensation"] = sides * sizes.num_layers * len(workload.other_modalities)

@@ -79,6 +79,7 @@ def test_methods_are_what_the_papers_say() -> None:
         "quarot": ("none", "nearest", "none"),
         "quarot_gptq": ("none", "gptq", "none"),
         "awq": ("awq", "nearest", "none"),
+        "mbq": ("mbq", "nearest", "none"),
     }
     rotated = {name for name in names("method") if decode(plain(f"method={name}")).method.rotation.kind == "hadamard"}
     assert rotated == {"quarot", "quarot_gptq"}

@@ -120,6 +120,7 @@ def test_a_search_costs_time_and_nothing_else_where_it_folds() -> None:
     assert rtn.effective_bits == folded.effective_bits < finer.effective_bits
     weights_only = plan(configured("method=awq", "scheme=w4a16_g64"))
     assert weights_only.seconds["search"] > 0
+    assert set(plan(configured("method=mbq")).seconds) - set(finer.seconds) == {"gradients"}
 
 
 def test_the_float_model_is_only_scored() -> None:

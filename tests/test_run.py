@@ -60,6 +60,7 @@ METHODS = {
     },
     "smoothquant_learned": {"smoothing": {"kind": "shared_learned", "epochs": 1}},
     "awq": {"smoothing": {"kind": "awq"}},
+    "mbq": {"smoothing": {"kind": "mbq"}},
     "gptq": {"rounding": {"kind": "gptq", "act_order": True}},
     "quarot_gptq": {"rotation": {"kind": "hadamard"}, "rounding": {"kind": "gptq"}},
     "qera": {
@@ -258,7 +259,13 @@ run(decode(json.loads(sys.argv[1])))
 
 @pytest.mark.parametrize(
     ("method", "where", "after"),
-    [("masquant", "block", 2), ("masquant", "block", 5), ("masquant", "batch", 3), ("smoothquant", "batch", 9)],
+    [
+        ("masquant", "block", 2),
+        ("masquant", "block", 5),
+        ("masquant", "batch", 3),
+        ("smoothquant", "batch", 9),
+        ("mbq", "block", 3),
+    ],
 )
 def test_kill_and_resume_is_bit_identical(
     splits: dict[str, Path], tmp_path: Path, method: str, where: str, after: int

@@ -13,7 +13,7 @@ from masq.models.base import GROUPS, Modality, Role
 from masq.modules.quant_linear import QuantLinear
 from masq.numerics.linalg import Whitener, whitener
 from masq.rounding.stages import ROUNDING, Rounded, pooled_moment
-from masq.transforms.config import NoRotation, SearchedSmoothing
+from masq.transforms.config import MbqSmoothing, NoRotation, SearchedSmoothing
 from masq.transforms.smoothing import match_scale
 from masq.transforms.stages import apply_folds, moment_groups
 
@@ -46,6 +46,11 @@ class Stages:
     def learns(self) -> bool:
         """Whether smoothing factors are learned in a walk of their own."""
         return self.smoothing.kind in ("modality_learned", "shared_learned")
+
+    @property
+    def sensitivity_floor(self) -> str | None:
+        """The floor of sensitivities by modality (see ``MbqSmoothing``), None where no stage asks for them."""
+        return self.smoothing.floor if isinstance(self.smoothing, MbqSmoothing) else None
 
     @property
     def search_moment_groups(self) -> tuple[str, ...]:

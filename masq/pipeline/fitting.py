@@ -38,16 +38,18 @@ class Chains:
 
 
 @dataclass(frozen=True)
-class SearchInputs:
-    """What a search of smoothing looks at besides the statistics of a block.
+class Prepared:
+    """What was found out before the blocks are quantized one by one.
 
     Attributes:
-        sample: the tokens whose inputs it sees.
-        sensitivity: by block, how much an error of each modality counts; empty where all count alike.
+        plans: learned smoothing by block, None where it is fitted block by block.
+        sample: the tokens whose inputs a search of smoothing sees.
+        sensitivity: by block, how much an error of each modality counts; None where all count alike.
     """
 
+    plans: Sequence[SmoothingPlan] | None = None
     sample: TokenSample | None = None
-    sensitivity: Sequence[Mapping[Modality, float]] = ()
+    sensitivity: Sequence[Mapping[Modality, float]] | None = None
 
 
 def token_sample(replay: Sequence[ReplayBatch], stages: Stages) -> TokenSample | None:
@@ -59,9 +61,9 @@ def token_sample(replay: Sequence[ReplayBatch], stages: Stages) -> TokenSample |
     return TokenSample.draw([batch.modality for batch in replay], config.tokens if needs_rows else 0, stages.seed)
 
 
-def needs_statistics(stages: Stages, learned: Sequence[SmoothingPlan] | None) -> bool:
+def needs_statistics(stages: Stages, prepared: Prepared) -> bool:
     """Whether the second walk has to see every batch."""
-    fits_smoothing = learned is None and stages.smoothing.kind != "none"
+    fits_smoothing = prepared.plans is None and stages.smoothing.kind != "none"
     return fits_smoothing or bool(stages.second_moment_groups)
 
 
@@ -71,8 +73,7 @@ def quantize_one(
     chains: Chains,
     stages: Stages,
     context: ModalityContext,
-    plan: SmoothingPlan | None,
-    search: SearchInputs,
+    prepared: Prepared,
 ) -> dict[str, Any]:
     """Fit and apply every stage on one block.
 
@@ -82,32 +83,51 @@ def quantize_one(
         chains: its inputs.
         stages: the method.
         context: token modalities for the new linears.
-        plan: learned smoothing, None to fit it here.
-        search: what a search looks at besides.
+        prepared: learned smoothing, or what a search looks at besides.
 
     Returns:
         The note of ``quantize_block``, and what a search found.
     """
     moments, of = stages.second_moment_groups, stages.second_moment_modalities
     statistics: dict[str, GroupStatistics] = {}
-    if plan is None:
-        smoothed = () if stages.smoothing.kind == "none" else stages.smoothing.groups
-        first = {*stages.search_moment_groups, *(() if stages.uses_float_chain else moments)}
-        statistics = collect(
-            block,
-            chains.quantized,
-            chains.replay,
-            groups=smoothed,
-            second_moment=first,
-            moments_of=of,
-            sample=search.sample,
-        )
-        weighted = statistics
-        if search.sensitivity:
-            weighted = {g: replace(one, sensitivity=search.sensitivity[index]) for g, one in statistics.items()}
-        plan = SMOOTHING.get(stages.smoothing.kind)(block, weighted, stages.smoothing, stages.scheme)
-    elif not stages.uses_float_chain:
-        statistics = collect(block, chains.quantized, chains.replay, groups=(), second_moment=moments, moments_of=of)
+    if prepared.plans is None:
+        statistics = _statistics(block, chains, stages, prepared.sample)
+        plan = _fit_smoothing(block, index, statistics, stages, prepared)
+    else:
+        plan = prepared.plans[index]
+        if not stages.uses_float_chain:
+            inputs = chains.quantized, chains.replay
+            statistics = collect(block, *inputs, groups=(), second_moment=moments, moments_of=of)
     if stages.uses_float_chain:
         statistics = collect(block, chains.floats, chains.replay, groups=(), second_moment=moments, moments_of=of)
     return {**quantize_block(block, f"block {index}", plan, statistics, stages, context), **plan.note}
+
+
+def _statistics(
+    block: BlockAdapter, chains: Chains, stages: Stages, sample: TokenSample | None
+) -> dict[str, GroupStatistics]:
+    """What smoothing asks to see of the quantized chain, and rounding and compensation unless they look elsewhere."""
+    return collect(
+        block,
+        chains.quantized,
+        chains.replay,
+        groups=() if stages.smoothing.kind == "none" else stages.smoothing.groups,
+        second_moment={
+            *stages.search_moment_groups,
+            *(() if stages.uses_float_chain else stages.second_moment_groups),
+        },
+        moments_of=stages.second_moment_modalities,
+        sample=sample,
+    )
+
+
+def _fit_smoothing(
+    block: BlockAdapter, index: int, statistics: dict[str, GroupStatistics], stages: Stages, prepared: Prepared
+) -> SmoothingPlan:
+    fit = SMOOTHING.get(stages.smoothing.kind)
+    if prepared.sensitivity is None:
+        return fit(block, statistics, stages.smoothing, stages.scheme)
+    weights = prepared.sensitivity[index]
+    weighted = {group: replace(one, sensitivity=weights) for group, one in statistics.items()}
+    plan = fit(block, weighted, stages.smoothing, stages.scheme)
+    return replace(plan, note={**plan.note, "sensitivity": {which.name.lower(): w for which, w in weights.items()}})

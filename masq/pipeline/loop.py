@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from masq.calibration.replay import BlockData, ReplayBatch, advance, capture, collect
+from masq.calibration.sensitivity import gradient_sums, mean_gradients, relative_sensitivity
 from masq.errors import numerical_errors_of
 from masq.models.base import Modality
 from masq.numerics.sqnr import token_sqnr
 from masq.pipeline.assembly import Stages
-from masq.pipeline.fitting import Chains, SearchInputs, needs_statistics, quantize_one, token_sample
+from masq.pipeline.fitting import Chains, Prepared, needs_statistics, quantize_one, token_sample
 from masq.pipeline.progress import BlockClock
 from masq.pipeline.store import BlockStore, block_tensors, restore_block
 from masq.transforms.config import LearnedSmoothing
@@ -60,6 +61,7 @@ def quantize(
     *,
     blocks: BlockStore,
     factors: BlockStore,
+    gradients: BlockStore | None = None,
 ) -> QuantizationReport:
     """Quantize every decoder block of ``adapter`` in place, after rotating the model where the method says so.
 
@@ -70,6 +72,7 @@ def quantize(
         context: token modalities, installed on the model.
         blocks: where finished blocks are kept; present ones are restored instead of computed.
         factors: where learned factors are kept; shared by all methods with the same learning problem.
+        gradients: where gradients that a stage asks for are kept, batch by batch; None to keep none.
 
     Returns:
         The report of the walk.
@@ -81,6 +84,7 @@ def quantize(
     report = QuantizationReport()
     if stages.smoothing.kind != "none" or stages.compensation.kind != "none":
         _warn_about_missing(adapter, batches, report)
+    sensitivity = _sensitivity(adapter, batches, stages, gradients, report)
     if stages.rotation.kind == "hadamard":
         started = time.perf_counter()
         rotate_model(adapter, stages.rotation, stages.seed)
@@ -92,7 +96,8 @@ def quantize(
         learned = _learn(adapter, hidden, replay, stages, context, factors, report)
         report.seconds["learn"] = time.perf_counter() - started
     started = time.perf_counter()
-    _quantize(adapter, hidden, replay, stages, context, blocks, learned, report)
+    prepared = Prepared(learned, token_sample(replay, stages), sensitivity)
+    _quantize(adapter, hidden, replay, stages, context, blocks, prepared, report)
     report.seconds["quantize"] = time.perf_counter() - started
     context.clear()
     return report
@@ -105,6 +110,34 @@ def _warn_about_missing(adapter: ModelAdapter, batches: Sequence[EncodedBatch], 
             report.warnings.append(
                 f"no calibration token of modality {modality.name.lower()}: it uses the factors of text, uncorrected"
             )
+
+
+def _sensitivity(
+    adapter: ModelAdapter,
+    batches: Sequence[EncodedBatch],
+    stages: Stages,
+    store: BlockStore | None,
+    report: QuantizationReport,
+) -> list[dict[Modality, float]] | None:
+    """How much an error of each modality counts in every block of the float model, None where no stage asks."""
+    floor = stages.sensitivity_floor
+    if floor is None:
+        return None
+    started = time.perf_counter()
+    clock = BlockClock("gradients of batch", len(batches))
+    sums = []
+    for index, batch in enumerate(batches):
+        stored = store.load(index) if store else None
+        if stored is None:
+            magnitudes, counts = gradient_sums(adapter, batch)
+            if store:
+                store.save(index, {"sums": magnitudes, "counts": counts}, {})
+        else:
+            magnitudes, counts = stored[0]["sums"], stored[0]["counts"]
+        sums.append((magnitudes, counts))
+        clock.tick(f"{int(counts.sum())} tokens")
+    report.seconds["gradients"] = time.perf_counter() - started
+    return relative_sensitivity(mean_gradients(sums), floor)
 
 
 def _outputs(
@@ -183,7 +216,7 @@ def _quantize(
     stages: Stages,
     context: ModalityContext,
     store: BlockStore,
-    learned: list[SmoothingPlan] | None,
+    prepared: Prepared,
     report: QuantizationReport,
 ) -> None:
     """Second walk: statistics on the quantized chain, plan, round, correct, replace, advance.
@@ -193,8 +226,7 @@ def _quantize(
     """
     adapter_blocks = adapter.blocks()
     clock = BlockClock("quantize", len(adapter_blocks))
-    search = SearchInputs(token_sample(replay, stages))
-    if not needs_statistics(stages, learned):
+    if not needs_statistics(stages, prepared):
         hidden, replay = _picked(_one_of_each_mix(replay), hidden, replay)
     watched = list(range(len(replay))) if stages.uses_float_chain else _one_of_each_mix(replay)
     seen, floats = _picked(watched, replay, hidden)
@@ -204,10 +236,8 @@ def _quantize(
         targets = _outputs(block, name, floats, seen, context)
         stored = store.load(index)
         if stored is None:
-            plan = learned[index] if learned else None
             with numerical_errors_of(name):
-                chains = Chains(floats, quantized, replay)
-                note = quantize_one(block, index, chains, stages, context, plan, search)
+                note = quantize_one(block, index, Chains(floats, quantized, replay), stages, context, prepared)
         else:
             restore_block(block, stored[0], stages.scheme, context, quantized[0].dtype)
             note = stored[1]

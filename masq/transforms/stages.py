@@ -186,6 +186,7 @@ SMOOTHING.register("modality", fit_modality)
 SMOOTHING.register("modality_learned", fit_modality)
 SMOOTHING.register("shared_learned", fit_shared_start)
 SMOOTHING.register("awq", fit_searched)
+SMOOTHING.register("mbq", fit_searched)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from masq.pipeline import loop
 from masq.pipeline.loop import QuantizationReport
 from masq.pipeline.store import BlockStore, block_tensors
 from masq.rounding.config import GptqRounding
-from masq.transforms.config import AwqSmoothing, HadamardRotation
+from masq.transforms.config import AwqSmoothing, HadamardRotation, MbqSmoothing
 from tests.nano_fixtures import Nano, make_nano, stages
 
 W3A16 = Scheme("w3a16", TensorFormat(3, symmetric=False, granularity="per_group", group_size=8), None)
@@ -40,7 +40,7 @@ def make_vl() -> Nano:
 
 
 def quantize(nano: Nano, folder: Path, scheme: str | Scheme = "w4a6", **slots: Any) -> QuantizationReport:
-    stores = {"blocks": BlockStore(folder / "blocks"), "factors": BlockStore(folder / "factors")}
+    stores = {name: BlockStore(folder / name) for name in ("blocks", "factors", "gradients")}
     return loop.quantize(nano.adapter, nano.batches, stages("rtn", scheme, **slots), nano.context, **stores)
 
 
@@ -88,10 +88,15 @@ def test_weight_only_search_keeps_no_rows(tmp_path: Path, monkeypatch: pytest.Mo
     assert kept[3:] == [60, 60, 60]
 
 
-@pytest.mark.parametrize("after", [1, 2])
-def test_resume_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+# awq saves three blocks; mbq the gradients of four batches, then the blocks.
+@pytest.mark.parametrize(
+    ("smoothing", "after"), [(AwqSmoothing(), 1), (AwqSmoothing(), 2), *((MbqSmoothing(), n) for n in (2, 4, 6))]
+)
+def test_resume_is_bit_identical(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smoothing: AwqSmoothing | MbqSmoothing, after: int
+) -> None:
     undisturbed = make_nano()
-    expected = quantize(undisturbed, tmp_path / "a", smoothing=AwqSmoothing())
+    expected = quantize(undisturbed, tmp_path / "a", smoothing=smoothing)
     saves: list[int] = []
     real = BlockStore.save
 
@@ -104,11 +109,50 @@ def test_resume_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         patch.setattr(BlockStore, "save", crashing)
         with pytest.raises(RuntimeError, match="killed"):
-            quantize(make_nano(), tmp_path / "b", smoothing=AwqSmoothing())
+            quantize(make_nano(), tmp_path / "b", smoothing=smoothing)
     resumed = make_nano()
-    report = quantize(resumed, tmp_path / "b", smoothing=AwqSmoothing())
+    calls: list[object] = []
+    real_sums = loop.gradient_sums
+    monkeypatch.setattr(loop, "gradient_sums", lambda *args: calls.append(args) or real_sums(*args))
+    report = quantize(resumed, tmp_path / "b", smoothing=smoothing)
+    assert len(calls) == (max(0, 4 - after) if isinstance(smoothing, MbqSmoothing) else 0)
     assert same(state(resumed), state(undisturbed))
     assert report.blocks == expected.blocks
+
+
+def test_equal_sensitivities_are_awq(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MBQ with a weight of one for every modality is AWQ with the same error, bit for bit; with its own it is not."""
+    results, notes = {}, {}
+    for name, smoothing in {
+        "awq": AwqSmoothing(error="absolute"),
+        "mbq": MbqSmoothing(),
+        "own": MbqSmoothing(),
+    }.items():
+        nano = with_outliers(make_nano())
+        with monkeypatch.context() as patch:
+            if name == "mbq":
+                patch.setattr(loop, "relative_sensitivity", lambda means, _: [dict.fromkeys(m, 1.0) for m in means])
+            notes[name] = quantize(nano, tmp_path / name, smoothing=smoothing).blocks
+        results[name] = state(nano)
+    assert same(results["awq"], results["mbq"])
+    assert [block["search"] for block in notes["awq"]] == [block["search"] for block in notes["mbq"]]
+    assert all(block["sensitivity"] == {"text": 1.0, "vision": 1.0, "audio": 1.0} for block in notes["mbq"])
+    assert [block["search"] for block in notes["awq"]] != [block["search"] for block in notes["own"]]
+    for block in notes["own"]:
+        assert block["sensitivity"]["text"] == 1.0
+        assert all(found["error_ratio"]["all"] <= 1 for found in block["search"].values())
+
+
+def test_sensitivities_belong_to_the_model_before_rotation(tmp_path: Path) -> None:
+    """They are those of the outputs that a rotation would mix, so that a rotated run weighs modalities alike."""
+    weights = [
+        [block["sensitivity"] for block in quantize(make_nano(), tmp_path / name, **slots).blocks]
+        for name, slots in {
+            "plain": {"smoothing": MbqSmoothing()},
+            "rotated": {"smoothing": MbqSmoothing(), "rotation": HadamardRotation()},
+        }.items()
+    ]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize("scheme", list(SCHEMES))
@@ -123,6 +167,7 @@ def test_resume_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ids=["gptq", "quarot_gptq", "low_rank", "low_rank_float"],
 )
 def test_every_other_stage_combines(tmp_path: Path, scheme: str, slots: dict[str, Any]) -> None:
-    report = quantize(with_outliers(make_nano()), tmp_path, SCHEMES[scheme], smoothing=AwqSmoothing(), **slots)
+    smoothing = MbqSmoothing(steps=10) if "compensation" in slots else AwqSmoothing(steps=10)
+    report = quantize(with_outliers(make_nano()), tmp_path, SCHEMES[scheme], smoothing=smoothing, **slots)
     assert all("search" in block for block in report.blocks)
     assert all(value > 0 for value in report.blocks[-1]["sqnr"].values())
