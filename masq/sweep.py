@@ -29,6 +29,13 @@ class Outcome:
     error: str | None = None
 
 
+def show_progress() -> None:
+    """Progress goes to standard error, one readable line each; results alone go to standard output."""
+    if not logging.getLogger().handlers:
+        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("masq").setLevel(logging.INFO)
+
+
 def attempt(config: RunConfig) -> Outcome:
     """Run one cell; whatever goes wrong in it becomes its outcome, so that the other cells go on."""
     cell = cell_name(config)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from masq import cli
+from masq import cli, compose
 from masq.config import RunConfig, decode, identity, run_folder, to_dict
 from masq.errors import NumericalError
 from masq.report.record import RunRecord, write_record
@@ -160,7 +160,7 @@ def test_an_unwritable_folder_is_found_before_anything_runs(
     ],
 )
 def test_overrides_are_passed_on_so_that_defaults_can_be_changed(override: str, passed_on: str) -> None:
-    assert cli._for_hydra([override]) == [passed_on]
+    assert compose._for_hydra([override]) == [passed_on]
 
 
 def make_record(config: RunConfig) -> RunRecord:
@@ -253,13 +253,13 @@ def test_a_sweep_that_finishes_is_a_success(tmp_path: Path, runner: list[RunConf
 def test_a_cell_whose_process_died_is_a_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], runner: list[RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original: Callable[..., None] = cli.write_outcome
+    original: Callable[..., None] = compose.write_outcome
 
     def lose_the_first(folder: Path, index: int, outcome: Any) -> None:
         if index:
             original(folder, index, outcome)
 
-    monkeypatch.setattr(cli, "write_outcome", lose_the_first)
+    monkeypatch.setattr(compose, "write_outcome", lose_the_first)
     assert cli.main(["run", "-m", "seed=0,1", "method=rtn", f"output.root={tmp_path}"]) == 1
     assert "ended without a result" in capsys.readouterr().err
 
@@ -302,10 +302,10 @@ def test_doctor_prints_its_report(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_the_configuration_folder_is_found_in_a_checkout_and_in_an_installed_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli._config_folder() == ROOT / "conf"
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "masq" / "cli.py"))
+    assert compose._config_folder() == ROOT / "conf"
+    monkeypatch.setattr(compose, "__file__", str(tmp_path / "masq" / "compose.py"))
     assert cli.main(["run", "method=rtn"]) == 2
     assert "configuration files are missing" in capsys.readouterr().err
     (tmp_path / "masq").mkdir()
     (tmp_path / "masq" / "conf").symlink_to(ROOT / "conf")
-    assert cli._config_folder() == tmp_path / "masq" / "conf"
+    assert compose._config_folder() == tmp_path / "masq" / "conf"

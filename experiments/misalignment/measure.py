@@ -125,10 +125,7 @@ def measure(config: RunConfig, source: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Command line: an embedded model, samples per task, where the record goes."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from masq.config import decode
+    from masq.compose import compose
     from masq.models.zoo.smol_omni import data_path
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -140,9 +137,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     overrides = [f"model={options.model}", f"modality={options.modality}", "scheme=w16a16", "method=none"]
-    with initialize_config_dir(str(Path(__file__).resolve().parents[2] / "conf"), version_base="1.3"):
-        plain = compose("run", [*overrides, f"calibration.samples_per_task={options.samples}"])
-    config = decode(OmegaConf.to_container(plain, resolve=True))  # pyright: ignore[reportArgumentType]
+    config = compose([*overrides, f"calibration.samples_per_task={options.samples}"])
     record = measure(config, data_path("calibration"))
     atomic_write_json(options.output, record)
 

@@ -116,7 +116,7 @@ def report(records: Path, models: dict[str, str]) -> str:
     """
     parts = [
         "# Discrimination report",
-        "Made by `make discrimination`. Changes are in points (perplexity: factor) from the float score of the same "
+        "Made by `make results`. Changes are in points (perplexity: factor) from the float score of the same "
         "samples; `(!)` marks scores of models whose answers mostly failed.",
     ]
     for model, prefix in models.items():
@@ -132,8 +132,8 @@ def report(records: Path, models: dict[str, str]) -> str:
             parts += [
                 f"## {model}: what one shared factor costs at {scheme}",
                 "SQNR in dB of the outputs of single layers on each modality's tokens, inputs from the float model: "
-                f"without smoothing, with SmoothQuant's factor from all tokens (alpha {measured['alpha']}), and with the "
-                "modality's own factor and weight.",
+                f"without smoothing, with SmoothQuant's factor from all tokens (alpha {measured['alpha']}), and with "
+                "the modality's own factor and weight.",
                 cost_table(measured, scheme),
             ]
         parts += [f"## {model}: median range ratio by block (inputs of q, k, v)", layer_table(measured, "qkv")]

@@ -171,7 +171,7 @@ class Alignment:
 
     @torch.no_grad()
     def score(self, data: Scenes, count: int = 40) -> str:
-        """Share of exact answers by scene and task under teacher forcing, which for whole answers is greedy decoding."""
+        """Share of exact answers by scene and task under teacher forcing: for whole answers that is greedy decoding."""
         shown = []
         for scene, plan in C.SCENES.items():
             packed, logits = self.pass_scene(scene, data, count, pools.stream("score", scene))
@@ -223,13 +223,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     torch.set_num_threads(options.threads)
-    job = Alignment(options.work, options.steps)
     data = Scenes("train", C.VISION_POOL, C.AUDIO_POOL, C.CLIPS)
     check = Scenes(
         "calibration", *(dict.fromkeys(p, C.CHECK) for p in (C.VISION_POOL, C.AUDIO_POOL)), dict.fromkeys(C.CLIPS, 3)
     )
     log.info("data ready")
-    job.run(data, check)
+    Alignment(options.work, options.steps).run(data, check)
 
 
 if __name__ == "__main__":

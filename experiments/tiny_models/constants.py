@@ -64,13 +64,15 @@ COMMANDS = {"the first digit": "first", "the last digit": "last", "the sum": "su
 LINE_SIZES = {"number": (26, 44), "plate": (24, 38)}
 TABLE_SIZES = (18, 27)
 GREY_NOISE = 16
+# Handwriting in training: largest rotation in degrees, largest shear.
+LEAN, SLANT = 12, 0.25
 # Noise of a clip, as a share of full scale; speech peaks at 0.3 to 0.6 of it.
 AUDIO_NOISE = 0.02
 # Handwritten scans by split, of 1797.
 SCANS = {"train": 1000, "calibration": 200, "evaluation": 300, "final": 297}
 
 # Training samples by kind; recordings of each word, digit and command.
-VISION_POOL = {"word": 9000, "number": 3000, "plate": 6000, "hand": 4000, "table": 6000}
+VISION_POOL = {"word": 9000, "number": 3000, "plate": 6000, "hand": 6000, "table": 6000}
 AUDIO_POOL = {"word": 7000, "digits": 7000, "command": 2000}
 CHECK = 240
 CLIPS = {"word": 60, "digits": 180, "command": 300}
@@ -205,8 +207,8 @@ REGRESSION = 4.0
 # Alignment: towers stay as the warm-up left them up to TOWERS_FROM.
 RANK = 16
 ADAPTED_FROM = 6
-ALIGN_STEPS = 960
-TOWERS_FROM = 192
+ALIGN_STEPS = 720
+TOWERS_FROM = 144
 RATE_ADAPTER = 1.0e-3
 RATE_TOWER = 1.5e-4
 PROSE_BATCH = 4

@@ -144,6 +144,12 @@ def handwritten_sample(split: str, rng: np.random.Generator) -> dict:
     for pick, centre in zip(picks, centres, strict=True):
         size = int(rng.integers(34, 45))
         scan = Image.fromarray((scans[pick] * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+        if split == "train":
+            # There are few scans: each is seen leaning and slanted in many ways.
+            slant = rng.uniform(-C.SLANT, C.SLANT)
+            shape = (1, slant, -slant * size / 2, rng.uniform(-C.SLANT, C.SLANT) / 2, 1, 0)
+            scan = scan.rotate(rng.uniform(-C.LEAN, C.LEAN), Image.Resampling.BICUBIC)
+            scan = scan.transform(scan.size, Image.Transform.AFFINE, shape, Image.Resampling.BICUBIC)
         left = int(np.clip(centre - size / 2, 0, C.WIDTH - size))
         top = int(np.clip((C.HEIGHT - size) / 2 + rng.uniform(-5, 5), 0, C.HEIGHT - size))
         region = ink[top : top + size, left : left + size]
