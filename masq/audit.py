@@ -19,8 +19,8 @@ from tabulate import tabulate
 from masq.config import RunConfig, to_dict
 
 CLAIMS = Path(__file__).with_name("audit_claims.yaml")
-ORIGINS = ("paper", "reference code", "published", "assumed", "ours")
-"""Strongest first: the method's paper, its released code, a usual value, our reading of a gap, our own choice."""
+ORIGINS = ("paper", "reference code", "reference scripts", "published", "assumed", "ours")
+"""Strongest first: the method's paper, its code, the scripts with it, a usual value, our reading, our choice."""
 SLOTS = ("rotation", "smoothing", "rounding", "compensation")
 
 

@@ -79,6 +79,6 @@ def test_the_command_prints_sources_and_contradictions(capsys: pytest.CaptureFix
     assert main(["audit", "method=masquant"]) == 0
     shown = capsys.readouterr().out
     assert "| method.smoothing.learning_rate" in shown
-    assert "objective of learning" in shown
+    assert "weight during learning" in shown
     assert main(["audit", "method=rtn"]) == 0
     assert "Where MASQuant's paper" not in capsys.readouterr().out

@@ -23,7 +23,8 @@ from masq.pipeline.fitting import Chains, Prepared, needs_statistics, quantize_o
 from masq.pipeline.progress import BlockClock
 from masq.pipeline.store import BlockStore, block_tensors, restore_block
 from masq.transforms.config import LearnedSmoothing
-from masq.transforms.learned import Factors, LearnedFactors, learn_factors, run_fake_quantized
+from masq.transforms.fake_quantized import Factors, run_fake_quantized
+from masq.transforms.learned import LearnedFactors, learn_factors
 from masq.transforms.rotation import rotate_model
 from masq.transforms.stages import SMOOTHING, SmoothingPlan
 

@@ -203,6 +203,9 @@ class LearnedModalitySmoothing:
         epochs: passes over the calibration batches; 0 keeps the starting factors.
         learning_rate: of Adam on log s.
         loss_weights: lambda of each modality (1 in the paper); all three must be given.
+        objective: error of the output of the decoder ``block`` against the float chain (the released code), or of each
+            ``linear`` against the float linear on the same input (equation 14).
+        mean: of the error over each ``modality``'s tokens (equation 14), or over all (the released code: ``token``).
     """
 
     kind: Literal["modality_learned"] = "modality_learned"
@@ -211,6 +214,8 @@ class LearnedModalitySmoothing:
     epochs: int = 2
     learning_rate: float = 0.03
     loss_weights: Mapping[LossKey, float] = field(default_factory=_unit_weights)
+    objective: Literal["block", "linear"] = "block"
+    mean: Literal["modality", "token"] = "modality"
 
     def __post_init__(self) -> None:
         """Reject values out of range.
@@ -233,6 +238,8 @@ class LearnedSharedSmoothing:
         epochs: passes over the calibration batches; 0 keeps the starting factor.
         learning_rate: of Adam on log s.
         loss_weights: lambda of each modality; all three must be given.
+        objective: see ``LearnedModalitySmoothing``.
+        mean: see ``LearnedModalitySmoothing``.
     """
 
     kind: Literal["shared_learned"] = "shared_learned"
@@ -241,6 +248,8 @@ class LearnedSharedSmoothing:
     epochs: int = 2
     learning_rate: float = 0.03
     loss_weights: Mapping[LossKey, float] = field(default_factory=_unit_weights)
+    objective: Literal["block", "linear"] = "block"
+    mean: Literal["modality", "token"] = "modality"
 
     def __post_init__(self) -> None:
         """Reject values out of range.

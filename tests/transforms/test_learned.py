@@ -9,10 +9,11 @@ import torch
 
 from masq.calibration.replay import BlockData, ReplayBatch, collect
 from masq.errors import NumericalError
-from masq.models.base import GROUPS, Modality
+from masq.models.base import GROUPS, Modality, Role
 from masq.numerics.scheme import Scheme
 from masq.transforms.config import LearnedModalitySmoothing
-from masq.transforms.learned import block_loss, learn_factors, run_fake_quantized
+from masq.transforms.fake_quantized import fake_quantized, run_fake_quantized
+from masq.transforms.learned import learn_factors, weighted_error
 from masq.transforms.stages import fit_modality
 from tests.nano_fixtures import Nano, make_nano, nano_model  # noqa: F401
 
@@ -38,6 +39,10 @@ def outputs(nano: Nano, logs, replay=None) -> list[torch.Tensor]:
     return run_fake_quantized(block, "block 0", logs, nano.hidden, replay or nano.replay, SCHEME)
 
 
+def row_errors(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (output - target).abs().mean(-1)
+
+
 def test_learning_lowers_the_loss(nano_model: Nano) -> None:  # noqa: F811
     outcome, initial = learn(nano_model)
     assert outcome.final_loss < outcome.initial_loss
@@ -46,7 +51,7 @@ def test_learning_lowers_the_loss(nano_model: Nano) -> None:  # noqa: F811
 
     def loss(logs) -> float:
         parts = zip(outputs(nano_model, logs), nano_model.targets(), nano_model.replay, strict=True)
-        return sum(float(block_loss(y, target, batch.modality, weights)) for y, target, batch in parts) / 4
+        return sum(float(weighted_error(row_errors(y, target), b.modality, weights)) for y, target, b in parts) / 4
 
     assert loss(logarithms(initial)) == pytest.approx(outcome.initial_loss, rel=1e-5)
     assert loss(outcome.log_factors) == pytest.approx(outcome.final_loss, rel=1e-5)
@@ -181,5 +186,60 @@ def test_loss_is_a_sum_of_means_per_modality() -> None:
     modality = torch.tensor([[-1, 0, 0, 1]], dtype=torch.int8)
     output = torch.tensor([[[9.0, 9], [1, 3], [2, 2], [5, 7]]])
     weights = {Modality.TEXT: 1.0, Modality.VISION: 0.5, Modality.AUDIO: 1.0}
-    loss = block_loss(output, torch.zeros_like(output), modality, weights)
-    assert float(loss) == pytest.approx(2.0 + 0.5 * 6.0)
+    error = row_errors(output, torch.zeros_like(output))
+    assert float(weighted_error(error, modality, weights)) == pytest.approx(2.0 + 0.5 * 6.0)
+    assert float(weighted_error(error, modality, weights, "token")) == pytest.approx((2 + 2 + 0.5 * 6.0) / 3)
+
+
+def test_both_means_agree_on_one_modality(nano_model: Nano) -> None:  # noqa: F811
+    error = torch.rand(2, 5, generator=torch.Generator().manual_seed(0))
+    modality = torch.tensor([[-1, 1, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.int8)
+    weights = {Modality.TEXT: 1.0, Modality.VISION: 0.7, Modality.AUDIO: 1.0}
+    assert float(weighted_error(error, modality, weights, "token")) == pytest.approx(
+        float(weighted_error(error, modality, weights, "modality"))
+    )
+
+
+def test_errors_of_linears_are_those_of_each_linear_alone(nano_model: Nano) -> None:  # noqa: F811
+    """Equation 14: on the input it gets, whatever the linears before it did."""
+    block, batch = nano_model.adapter.blocks()[0], nano_model.replay[0]
+    logs = logarithms(fit_modality(block, collect(block, nano_model.hidden, nano_model.replay), CONFIG).factors)
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    floats = {role: block.linear(role) for role in Role}
+
+    def keep(role):
+        return lambda _m, args, output: found.__setitem__(role, (args[0], output))
+
+    with torch.no_grad(), fake_quantized(block, logs, SCHEME, alone=True) as rows:
+        for role in Role:
+            block.linear(role).register_forward_hook(keep(role))
+        rows.set(batch.modality)
+        block.forward(nano_model.hidden[0], batch.kwargs)
+        errors = list(rows.errors)
+    assert len(errors) == len(Role)
+    for (role, (x, y)), error in zip(found.items(), errors, strict=True):
+        torch.testing.assert_close(error, (y - floats[role](x)).abs().mean(-1), atol=1e-5, rtol=1e-4)
+
+
+def test_learning_each_linear_lowers_their_errors(nano_model: Nano) -> None:  # noqa: F811
+    config = LearnedModalitySmoothing(epochs=4, learning_rate=0.02, objective="linear")
+    outcome, initial = learn(nano_model, config=config)
+    assert outcome.final_loss < outcome.initial_loss
+    assert not outcome.reverted
+    other = learn(nano_model)[0]
+    assert any(
+        not torch.equal(outcome.log_factors[g][m], other.log_factors[g][m]) for g, by in initial.items() for m in by
+    )
+
+
+def test_no_gradient_passes_from_one_linear_to_another(nano_model: Nano) -> None:  # noqa: F811
+    block, batch = nano_model.adapter.blocks()[0], nano_model.replay[0]
+    factors = fit_modality(block, collect(block, nano_model.hidden, nano_model.replay), CONFIG).factors
+    logs = {g: {m: f.log().requires_grad_() for m, f in by.items()} for g, by in factors.items()}
+    with fake_quantized(block, logs, SCHEME, alone=True) as rows:
+        rows.set(batch.modality)
+        block.forward(nano_model.hidden[0], batch.kwargs)
+        # down is not smoothed: nothing before it may learn from its error; query is the first to read its group's.
+        assert not rows.errors[-1].requires_grad
+        rows.errors[0].sum().backward()
+    assert {g for g, by in logs.items() for log in by.values() if log.grad is not None} == {"qkv"}
