@@ -193,6 +193,18 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return to_plain(config)
 
 
+def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
+    """``to_dict`` for hashes: without options that came later, where they are at the value that means "not there".
+
+    So runs and learned factors from before these options keep their identity.
+    """
+    plain = to_dict(config)
+    for parent, key in ((plain["method"]["rounding"], "clip"),):
+        if not parent.get(key):
+            parent.pop(key, None)
+    return plain
+
+
 def active_modalities(config: RunConfig) -> tuple[str, ...]:
     """Modalities that are calibrated, learned and scored, text first.
 
@@ -224,7 +236,7 @@ def identity(config: RunConfig, hashes: Mapping[str, Any]) -> str:
         config: the configuration.
         hashes: content hash of every data set used, and of the float model.
     """
-    plain = to_dict(config)
+    plain = to_hashed_dict(config)
     for key in ("output", "threads", "preset"):
         del plain[key]
     del plain["evaluation"]["name"], plain["method"]["description"], plain["model"]["architecture"]
@@ -362,7 +374,7 @@ def _check_rounding(config: RunConfig) -> None:
     rounding, weight = config.method.rounding, config.scheme.weight
     if rounding.kind != "gptq" or weight is None or not weight.group_size:
         return
-    if rounding.act_order and not rounding.static_groups:
+    if rounding.act_order and not rounding.static_groups and rounding.clip is None:
         raise ConfigError(
             "act_order visits columns out of their groups, so the scales of groups must be fixed before",
             value=f"act_order=true with groups of {weight.group_size} and static_groups=false",

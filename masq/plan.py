@@ -262,11 +262,21 @@ def _seconds(
         if config.method.compensation.kind != "none":
             sides = sum(25.0 * a * b * min(a, b) for a, b in linear_shapes(sizes).values())
             result["compensation"] = sides * sizes.num_layers * len(workload.other_modalities)
-        if config.method.rounding.kind == "gptq":
-            # One update of the weight per column and the factors of the Hessian, in float64.
-            sides = sum(2.0 * a * b * b + 2.0 * b**3 for a, b in linear_shapes(sizes).values())
-            result["rounding"] = _FLOAT64_COST * sides * sizes.num_layers
-    return {stage: flops / speed for stage, flops in result.items()}
+        result["rounding"] = _rounding_products(config, sizes)
+    return {stage: flops / speed for stage, flops in result.items() if flops}
+
+
+def _rounding_products(config: RunConfig, sizes: Architecture) -> float:
+    """What rounding against second moments costs, in float64: nothing for plain rounding to nearest."""
+    rounding, shapes = config.method.rounding, linear_shapes(sizes)
+    products = 0.0
+    if rounding.kind == "gptq":
+        # One update of the weight per column and the factors of the Hessian.
+        products += sum(2.0 * a * b * b + 2.0 * b**3 for a, b in shapes.values())
+    if rounding.kind != "none" and rounding.clip is not None:
+        clipped = [shapes[role] for role in rounding.clip.roles if role in config.scheme.roles]
+        products += len(rounding.clip.shares) * sum(2.0 * a * b * b for a, b in clipped)
+    return _FLOAT64_COST * products * sizes.num_layers
 
 
 def _search_products(config: RunConfig, sizes: Architecture, workload: _Workload) -> float:

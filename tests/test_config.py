@@ -20,6 +20,7 @@ from masq.config import (
     notes,
     run_folder,
     to_dict,
+    to_hashed_dict,
 )
 from masq.errors import ConfigError
 from masq.files import atomic_write_bytes
@@ -80,7 +81,13 @@ def test_methods_are_what_the_papers_say() -> None:
         "quarot_gptq": ("none", "gptq", "none"),
         "awq": ("awq", "nearest", "none"),
         "mbq": ("mbq", "nearest", "none"),
+        "rtn_clip": ("none", "nearest", "none"),
     }
+    searched = {"awq", "mbq", "rtn_clip"}
+    clipped = {
+        name for name in names("method") if getattr(decode(plain(f"method={name}")).method.rounding, "clip", None)
+    }
+    assert clipped == searched
     rotated = {name for name in names("method") if decode(plain(f"method={name}")).method.rotation.kind == "hadamard"}
     assert rotated == {"quarot", "quarot_gptq"}
     gauges = {
@@ -191,6 +198,8 @@ def test_the_demo_preset_has_the_sizes_of_the_readme() -> None:
         ("method.smoothing.loss_weights", {"text": 1, "vison": 1}, r"a key of method.smoothing.loss_weights .*vision"),
         ("method.smoothing.loss_weights", {"text": 1}, "must give text, vision and audio"),
         ("method.smoothing.loss_weights", {"text": 0, "vision": 0, "audio": 0}, "not all zero"),
+        ("method.rounding.clip", {"min_ratio": 2}, r"method.rounding.clip: min_ratio must lie above 0"),
+        ("method.rounding.clip", {"roles": ["q"]}, r"method.rounding.clip.roles\[0\] has an unknown value"),
         ("method.compensation.rank", 8, "exactly one of rank_ratio and rank"),
         ("method.compensation.rank_ratio", None, "exactly one of rank_ratio and rank"),
         ("method.compensation.rank_ratio", 2, "rank_ratio must lie between 0 and 1"),
@@ -246,6 +255,8 @@ def test_whole_numbers_are_accepted_for_real_ones(base: dict[str, Any]) -> None:
         (["method=smoothquant", "rounding@method.rounding=nearest_per_modality"], "needs factors per modality"),
         (["method=masquant", "rounding@method.rounding=nearest_per_modality"], "corrects one shared weight"),
         (["method=none", "smoothing@method.smoothing=shared"], "rounds nothing"),
+        (["method=none", "smoothing@method.smoothing=awq"], "rounds nothing"),
+        (["method=awq", "++method.rounding.per_modality=true"], "needs factors per modality"),
         (["method=none", "compensation@method.compensation=whitened_low_rank"], "rounds nothing"),
         (["model=nano_vl", "modality=dual", "++model.modalities=[text]"], "has no audio"),
         (["model=nano_vl", "modality=dual", "++model.modalities=[text,audio]"], "a qwen2_5_vl model has no audio"),
@@ -254,6 +265,37 @@ def test_whole_numbers_are_accepted_for_real_ones(base: dict[str, Any]) -> None:
 def test_impossible_combinations_are_refused_with_the_reason(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         decode(plain(*overrides))
+
+
+@pytest.mark.parametrize("smoothing", ["awq", "mbq", "shared", "modality"])
+@pytest.mark.parametrize("rounding", ["gptq", "gptq_clip", "nearest_clip"])
+@pytest.mark.parametrize("compensation", ["none", "whitened_low_rank"])
+def test_searches_compose_with_every_slot(smoothing: str, rounding: str, compensation: str) -> None:
+    overrides = [
+        "method=gptq",
+        f"smoothing@method.smoothing={smoothing}",
+        f"rounding@method.rounding={rounding}",
+        f"compensation@method.compensation={compensation}",
+        "rotation@method.rotation=hadamard",
+    ]
+    method = decode(plain(*overrides)).method
+    assert (method.smoothing.kind, method.compensation.kind) == (smoothing, compensation)
+
+
+def test_act_order_needs_groups_that_are_fixed_before_which_a_clip_search_does() -> None:
+    moving = ["scheme=w4a16_g64", "++method.rounding.act_order=true"]
+    with pytest.raises(ConfigError, match="static_groups=true"):
+        decode(plain("method=gptq", *moving))
+    assert decode(plain("method=gptq", "rounding@method.rounding=gptq_clip", *moving)).method.rounding.clip is not None
+
+
+def test_no_clip_search_leaves_identities_as_they_were(base: dict[str, Any]) -> None:
+    config = decode(base)
+    assert "clip" in to_dict(config)["method"]["rounding"]
+    assert "clip" not in to_hashed_dict(config)["method"]["rounding"]
+    clipped = decode(changed(base, "method.rounding.clip", {}))
+    assert identity(clipped, {}) != identity(config, {})
+    assert identity(decode(changed(base, "method.rounding.clip", {"steps": 9})), {}) != identity(clipped, {})
 
 
 def test_active_modalities() -> None:

@@ -114,7 +114,11 @@ def test_estimates_move_the_right_way() -> None:
 def test_a_search_costs_time_and_nothing_else_where_it_folds() -> None:
     rtn, searched = plan(configured("method=rtn")), plan(configured("method=awq", "++method.smoothing.steps=5"))
     finer = plan(configured("method=awq"))
-    assert set(searched.seconds) - set(rtn.seconds) == {"search"}
+    assert set(searched.seconds) - set(rtn.seconds) == {"search", "rounding"}
+    clip, gptq = plan(configured("method=rtn_clip")).seconds["rounding"], plan(configured("method=gptq"))
+    assert clip == searched.seconds["rounding"]
+    both = plan(configured("method=gptq", "rounding@method.rounding=gptq_clip")).seconds["rounding"]
+    assert both == pytest.approx(clip + gptq.seconds["rounding"])
     assert finer.seconds["search"] == pytest.approx(4 * searched.seconds["search"])
     folded = plan(configured("method=awq", "++method.smoothing.groups=[qkv,output,gate_up]"))
     assert rtn.effective_bits == folded.effective_bits < finer.effective_bits

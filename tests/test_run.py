@@ -59,8 +59,9 @@ METHODS = {
         "compensation": {"kind": "whitened_low_rank", "rank_ratio": 0.1},
     },
     "smoothquant_learned": {"smoothing": {"kind": "shared_learned", "epochs": 1}},
-    "awq": {"smoothing": {"kind": "awq"}},
-    "mbq": {"smoothing": {"kind": "mbq"}},
+    "awq": {"smoothing": {"kind": "awq"}, "rounding": {"kind": "nearest", "clip": {}}},
+    "mbq": {"smoothing": {"kind": "mbq"}, "rounding": {"kind": "nearest", "clip": {}}},
+    "rtn_clip": {"rounding": {"kind": "nearest", "clip": {}}},
     "gptq": {"rounding": {"kind": "gptq", "act_order": True}},
     "quarot_gptq": {"rotation": {"kind": "hadamard"}, "rounding": {"kind": "gptq"}},
     "qera": {

@@ -19,7 +19,7 @@ GROUP_ROLES: dict[GroupName, tuple[RoleName, ...]] = {
 }
 """Linears that read the same input, by group name, in the order in which a block computes them."""
 
-_ROLES: tuple[RoleName, ...] = tuple(role for roles in GROUP_ROLES.values() for role in roles)
+ALL_ROLES: tuple[RoleName, ...] = tuple(role for roles in GROUP_ROLES.values() for role in roles)
 _MAX_BITS = 8
 
 
@@ -83,7 +83,7 @@ class Scheme:
     name: str
     weight: TensorFormat | None
     activation: TensorFormat | None
-    roles: tuple[RoleName, ...] = _ROLES
+    roles: tuple[RoleName, ...] = ALL_ROLES
 
     def __post_init__(self) -> None:
         """Reject schemes that mean nothing.
@@ -107,7 +107,7 @@ class Scheme:
         if not self.roles or len(set(self.roles)) != len(self.roles):
             raise ConfigError("roles must name at least one linear, each once", value=list(self.roles))
         formats = _PRESETS.get(self.name)
-        if formats is not None and (*formats, set(_ROLES)) != (self.weight, self.activation, set(self.roles)):
+        if formats is not None and (*formats, set(ALL_ROLES)) != (self.weight, self.activation, set(self.roles)):
             raise ConfigError(
                 f"the name {self.name} stands for other formats or roles",
                 value=f"weight={self.weight}, activation={self.activation}, roles={', '.join(self.roles)}",

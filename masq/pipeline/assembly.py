@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,9 +63,14 @@ class Stages:
         return () if self.compensation.kind == "none" else tuple(self.compensation.groups)
 
     @property
+    def rounds_against_input(self) -> bool:
+        """Whether rounding looks at the second moment of what a linear reads."""
+        return self.rounding.kind != "nearest" or self.rounding.clip is not None
+
+    @property
     def second_moment_groups(self) -> tuple[str, ...]:
         """Groups whose second moments a stage asks for: to correct them, or to round against them."""
-        if self.rounding.kind == "nearest":
+        if not self.rounds_against_input:
             return self.compensated_groups
         return tuple(group for group, roles in GROUPS.items() if set(roles) & set(self.scheme.roles))
 
@@ -73,13 +78,28 @@ class Stages:
     def second_moment_modalities(self) -> tuple[Modality, ...]:
         """Whose second moments: rounding and a search look at every token, a correction at those of its modality."""
         wanted = {m for m in Modality if m is not Modality.PADDING}
-        if self.search_moment_groups:
-            return tuple(sorted(wanted))
-        if self.rounding.kind == "nearest":
-            wanted -= {Modality.TEXT}
-        elif self.compensation.kind == "none" and self.rounding.tokens == "text":
-            wanted = {Modality.TEXT}
+        if not self.search_moment_groups:
+            if not self.rounds_against_input:
+                wanted -= {Modality.TEXT}
+            elif self.compensation.kind == "none":
+                wanted &= set(self.rounding_modalities)
         return tuple(sorted(wanted))
+
+    @property
+    def rounding_modalities(self) -> tuple[Modality, ...]:
+        """Whose tokens a rounding stage looks at where one weight serves all modalities."""
+        text_only = self.rounding.kind == "gptq" and self.rounding.tokens == "text"
+        return (Modality.TEXT,) if text_only else tuple(Modality)
+
+    @property
+    def stores_weight_per_modality(self) -> bool:
+        """Whether every modality has a rounded weight of its own."""
+        return self.rounding.kind == "nearest" and self.rounding.per_modality
+
+    def rounding_of(self, role: Role) -> NearestRounding | GptqRounding:
+        """The rounding of one linear: a clip search that leaves it out is not there."""
+        clip = self.rounding.clip
+        return self.rounding if clip is None or role in clip.roles else replace(self.rounding, clip=None)
 
     @property
     def uses_float_chain(self) -> bool:
@@ -109,7 +129,8 @@ def quantize_block(
     Returns:
         JSON: ``captured``, the share of the whitened weight error that corrections capture, mean over linears, by
         modality; for a stage that rounds against the input also ``rounding_gain``, the mean ratio of its error to that
-        of rounding to nearest, and ``rounding_fallbacks``, by role, what could not be done as configured.
+        of rounding to nearest, ``rounding_fallbacks``, by role, what could not be done as configured, and
+        ``rounding``, by role, that and the numbers behind it (see ``Rounded``).
 
     Raises:
         NumericalError: a weight, factor or correction is not finite; the message names the linear.
@@ -119,7 +140,8 @@ def quantize_block(
     rounded: dict[str, Rounded] = {}
     for group, roles in GROUPS.items():
         factors = _scaled_factors(plan.factors.get(group, {}), stages)
-        roots, moment = _norms_of_input(group, statistics, factors, stages)
+        roots = _whiteners(statistics[group], factors, stages) if group in stages.compensated_groups else {}
+        moments = _moments(group, statistics, factors, stages)
         for role in map(Role, roles):
             linear = block.linear(role)
             assert isinstance(linear, torch.nn.Linear)
@@ -127,15 +149,16 @@ def quantize_block(
                 if group in plan.folded:
                     linear.weight.mul_(factors[Modality.TEXT].to(linear.weight))
                 continue
-            made = _Linear(linear, f"{name}.{role}", factors, group in plan.folded)
-            layer, shares, rounded[role] = _quantize_linear(made, moment, roots, stages, context)
+            made = _Linear(linear, role, f"{name}.{role}", factors, group in plan.folded)
+            layer, shares, rounded[role] = _quantize_linear(made, moments, roots, stages, context)
             block.set_linear(role, layer)
             for modality, share in shares.items():
                 captured.setdefault(modality.name.lower(), []).append(share)
     note: dict[str, Any] = {"captured": {key: sum(shares) / len(shares) for key, shares in captured.items()}}
-    if stages.rounding.kind != "nearest":
+    if stages.rounds_against_input and rounded:
         note["rounding_gain"] = sum(one.gain for one in rounded.values()) / len(rounded)
         note["rounding_fallbacks"] = {role: one.fallback for role, one in rounded.items() if one.fallback}
+        note["rounding"] = {role: one.to_dict() for role, one in rounded.items()}
     return note
 
 
@@ -146,18 +169,18 @@ def _scaled_factors(factors: Mapping[Modality, torch.Tensor], stages: Stages) ->
     return factors
 
 
-def _norms_of_input(
+def _moments(
     group: str,
     statistics: Mapping[str, GroupStatistics],
     factors: Mapping[Modality, torch.Tensor],
     stages: Stages,
-) -> tuple[dict[Modality, Whitener], torch.Tensor | None]:
-    """What the smoothed input of a group looks like: to corrections by modality, and to rounding as a whole."""
-    roots = _whiteners(statistics[group], factors, stages) if group in stages.compensated_groups else {}
-    moment = None
-    if stages.rounding.kind == "gptq" and group in stages.second_moment_groups:
-        moment = pooled_moment(statistics[group], factors, stages.rounding.tokens)
-    return roots, moment
+) -> dict[Modality, torch.Tensor | None]:
+    """The second moment of the smoothed input that the stored weight of each modality is rounded against."""
+    if not stages.rounds_against_input or group not in stages.second_moment_groups:
+        return {}
+    if stages.stores_weight_per_modality:
+        return {m: pooled_moment(statistics[group], factors, (m,)) for m in factors or (Modality.TEXT,)}
+    return {Modality.TEXT: pooled_moment(statistics[group], factors, stages.rounding_modalities)}
 
 
 def _whiteners(
@@ -183,9 +206,10 @@ def _factor(
 
 @dataclass(frozen=True)
 class _Linear:
-    """A float linear on its way: module, name for errors, factors s_m of its input, and whether they are folded."""
+    """A float linear on its way: role, name for errors, factors s_m of its input, and whether they are folded."""
 
     module: torch.nn.Linear
+    role: Role
     name: str
     factors: Mapping[Modality, torch.Tensor]
     folded: bool
@@ -193,7 +217,7 @@ class _Linear:
 
 def _quantize_linear(
     made: _Linear,
-    moment: torch.Tensor | None,
+    moments: Mapping[Modality, torch.Tensor | None],
     roots: Mapping[Modality, Whitener],
     stages: Stages,
     context: ModalityContext,
@@ -205,9 +229,9 @@ def _quantize_linear(
     assert stages.scheme.weight is not None
     present = tuple(factors) or (Modality.TEXT,)
     smoothed = {m: weight_oi * _factor(factors, m, linear.in_features, weight_oi.device) for m in (*present, *roots)}
-    stored = present if stages.rounding.kind == "nearest" and stages.rounding.per_modality else (Modality.TEXT,)
-    stage = ROUNDING.get(stages.rounding.kind)
-    rounded = {m: stage(smoothed[m], stages.scheme.weight, stages.rounding, moment) for m in stored}
+    stored = present if stages.stores_weight_per_modality else (Modality.TEXT,)
+    stage, config = ROUNDING.get(stages.rounding.kind), stages.rounding_of(made.role)
+    rounded = {m: stage(smoothed[m], stages.scheme.weight, config, moments.get(m)) for m in stored}
     weights = {m: one.weight for m, one in rounded.items()}
     corrections, shares = _corrections(smoothed, weights[Modality.TEXT], roots, stages)
     for left, right in corrections.values():

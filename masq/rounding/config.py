@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from masq.errors import ConfigError
+from masq.numerics.scheme import ALL_ROLES, RoleName
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,16 +17,57 @@ class NoRounding:
 
 
 @dataclass(frozen=True, slots=True)
+class ClipSearch:
+    """Ranges of weights shrunk by the error of outputs, row by row or group by group (AWQ, arXiv 2306.00978).
+
+    Attributes:
+        min_ratio: smallest share of a range that is kept.
+        steps: shares 1, 1 - 1/steps, .. are tried as far as ``min_ratio`` (AWQ's released code: 20, to 0.55).
+        moments: the second moment of the input that errors are measured by: ``full`` knows how channels go together,
+            ``diagonal`` takes them as uncorrelated.
+        roles: the linears that are clipped; AWQ's released code leaves out query and key.
+    """
+
+    min_ratio: float = 0.5
+    steps: int = 20
+    moments: Literal["full", "diagonal"] = "full"
+    roles: tuple[RoleName, ...] = ALL_ROLES
+
+    def __post_init__(self) -> None:
+        """Reject values out of range.
+
+        Raises:
+            ConfigError: ``min_ratio`` outside (0, 1], ``steps`` below 1, or roles empty or repeated.
+        """
+        if not 0 < self.min_ratio <= 1:
+            raise ConfigError("min_ratio must lie above 0 and not above 1", value=self.min_ratio, remedy="0.5 is usual")
+        if self.steps < 1:
+            raise ConfigError("steps must be positive", value=self.steps, remedy="20 is the published value")
+        if not self.roles or len(set(self.roles)) != len(self.roles):
+            raise ConfigError(
+                "roles must name at least one linear, each once", value=list(self.roles), remedy="set clip to null"
+            )
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The shares of a range that are tried, 1 first."""
+        shares = (1 - step / self.steps for step in range(self.steps))
+        return tuple(share for share in shares if share >= self.min_ratio - 1e-9)
+
+
+@dataclass(frozen=True, slots=True)
 class NearestRounding:
     """Round to the nearest level, ties to even.
 
     Attributes:
         per_modality: store one rounded weight Q(W s_m) per modality. An upper bound to compare with, not deployable:
             it stores the model once per modality.
+        clip: shrink ranges first, by the second moment of all tokens; null for the full ranges.
     """
 
     kind: Literal["nearest"] = "nearest"
     per_modality: bool = False
+    clip: ClipSearch | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +80,8 @@ class GptqRounding:
         act_order: visit input channels by decreasing Hessian diagonal (the original code's option, after the paper).
         static_groups: with per-group scales, fix them before the sweep; needed with ``act_order``.
         tokens: whose second moment is the Hessian: of all tokens alike, or of text tokens.
+        clip: shrink ranges first, by the Hessian; the scales of groups are then fixed before the sweep. Null for the
+            full ranges.
     """
 
     kind: Literal["gptq"] = "gptq"
@@ -46,6 +90,7 @@ class GptqRounding:
     act_order: bool = False
     static_groups: bool = False
     tokens: Literal["all", "text"] = "all"
+    clip: ClipSearch | None = None
 
     def __post_init__(self) -> None:
         """Reject values out of range.

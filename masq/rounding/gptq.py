@@ -13,9 +13,11 @@ import torch
 
 from masq.errors import ConfigError, NumericalError
 from masq.numerics.affine import QuantizedTensor, encode, fit_scale, quantize
+from masq.rounding.clip import round_on
 
 if TYPE_CHECKING:
     from masq.numerics.scheme import TensorFormat
+    from masq.rounding.clip import Grid
     from masq.rounding.config import GptqRounding
 
 # A Hessian that cannot be factored at the configured damping is tried at ten and a hundred times as much.
@@ -44,7 +46,9 @@ class GptqOutcome:
 
 
 @torch.no_grad()
-def round_gptq(weight: torch.Tensor, hessian: torch.Tensor, fmt: TensorFormat, config: GptqRounding) -> GptqOutcome:
+def round_gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, fmt: TensorFormat, config: GptqRounding, grid: Grid | None = None
+) -> GptqOutcome:
     """Integer codes that minimise ``tr((W - W_q) H (W - W_q)^T)`` greedily, column after column.
 
     Scales are those of round-to-nearest. Per group they are taken when the sweep reaches the group, from weights
@@ -57,21 +61,23 @@ def round_gptq(weight: torch.Tensor, hessian: torch.Tensor, fmt: TensorFormat, c
         hessian: second moment of the input, X^T X / N, [I, I].
         fmt: bits, symmetry, ``per_channel`` or ``per_group``.
         config: damping, block size, order, groups.
+        grid: scales to round on, fixed; None for those of round-to-nearest.
 
     Raises:
         NumericalError: weight or Hessian are not finite, or their sizes differ.
         ConfigError: ``act_order`` with moving groups, or a format that does not fit.
     """
-    _check(weight, hessian, fmt, config)
+    _check(weight, hessian)
+    _check_order(config, fmt, grid)
     original, moment = weight.double(), hessian.double()
-    nearest = quantize(original, fmt)
+    nearest = quantize(original, fmt) if grid is None else round_on(original, grid, fmt)
     nearest_loss = _loss(original, nearest, moment)
     dead = moment.diagonal() == 0
     found = _inverse_factor(moment, dead, config)
     if found is None:
         return GptqOutcome(nearest, nearest_loss, nearest_loss, None, int(dead.sum()), "singular Hessian")
     order, factor, damping = found
-    rounded = _sweep(original, order, factor, fmt, config)
+    rounded = _sweep(original, order, factor, fmt, config, grid)
     loss = _loss(original, rounded, moment)
     if not loss <= nearest_loss:
         return GptqOutcome(nearest, nearest_loss, nearest_loss, None, int(dead.sum()), "worse than nearest")
@@ -101,20 +107,26 @@ def _inverse_factor(
 
 
 def _sweep(
-    original: torch.Tensor, order: torch.Tensor, factor: torch.Tensor, fmt: TensorFormat, config: GptqRounding
+    original: torch.Tensor,
+    order: torch.Tensor,
+    factor: torch.Tensor,
+    fmt: TensorFormat,
+    config: GptqRounding,
+    grid: Grid | None,
 ) -> QuantizedTensor:
     """Algorithm 1: blocks of columns; errors spread inside a block at once, to later blocks in one product."""
     work = original[:, order].clone()
     num_rows, num_columns = work.shape
     size = fmt.group_size or num_columns
-    scale, zero_point = fit_scale(original, fmt)
+    moving = bool(fmt.group_size) and not config.static_groups and grid is None
+    scale, zero_point = fit_scale(original, fmt) if grid is None else (grid.scale, grid.zero_point)
     codes = torch.empty_like(work)
     for start in range(0, num_columns, config.block_size):
         end = min(start + config.block_size, num_columns)
         errors = work.new_empty(num_rows, end - start)
         for column in range(start, end):
             group = int(order[column]) // size
-            if column % size == 0 and fmt.group_size and not config.static_groups:
+            if moving and column % size == 0:
                 _refit(work[:, column : column + size], group, scale, zero_point, fmt)
             zero = None if zero_point is None else zero_point[:, group : group + 1]
             part = encode(work[:, column : column + 1], scale[:, group : group + 1], zero, fmt)
@@ -148,7 +160,7 @@ def _loss(original: torch.Tensor, rounded: QuantizedTensor, moment: torch.Tensor
     return float(((error @ moment) * error).sum())
 
 
-def _check(weight: torch.Tensor, hessian: torch.Tensor, fmt: TensorFormat, config: GptqRounding) -> None:
+def _check(weight: torch.Tensor, hessian: torch.Tensor) -> None:
     if weight.dim() != 2 or hessian.shape != (weight.shape[1], weight.shape[1]):
         raise NumericalError(
             "GPTQ needs a weight [out, in] and the second moment of its input [in, in]",
@@ -161,7 +173,10 @@ def _check(weight: torch.Tensor, hessian: torch.Tensor, fmt: TensorFormat, confi
             value="NaN or infinity",
             remedy="check the checkpoint and the calibration samples",
         )
-    if config.act_order and fmt.group_size and not config.static_groups:
+
+
+def _check_order(config: GptqRounding, fmt: TensorFormat, grid: Grid | None) -> None:
+    if config.act_order and fmt.group_size and not config.static_groups and grid is None:
         raise ConfigError(
             "act_order visits columns out of their groups, so the scales of groups must be fixed before",
             value="act_order=true, static_groups=false",

@@ -356,8 +356,22 @@ def test_gptq_lowers_its_error_and_the_chain_s(tmp_path: Path) -> None:
     for plain, better in zip(nearest.blocks, rounded.blocks, strict=True):
         assert better["rounding_gain"] < 1
         assert better["rounding_fallbacks"] == {}
+        assert {role: one["damping"] for role, one in better["rounding"].items()} == dict.fromkeys(ALL_ROLES, 0.01)
         assert sum(better["sqnr"].values()) > sum(plain["sqnr"].values())
     assert rounded.warnings == []
+
+
+def test_what_gptq_could_not_do_is_in_the_record(tmp_path: Path) -> None:
+    """A channel that is always silent, and an input that is: named by block, role and number, and warned about."""
+    nano = make_nano()
+    nano.adapter.blocks()[1].norm("qkv").weight.data[5] = 0
+    nano.adapter.blocks()[2].norm("gate_up").weight.data.zero_()
+    report = quantize(nano, tmp_path, "rtn", "w4a8", rounding=GptqRounding())
+    assert report.blocks[1]["rounding"]["query"]["dead_channels"] == 1
+    for role in ("gate", "up", "down"):
+        assert report.blocks[2]["rounding"][role]["fallback"] == "rounded to nearest, singular Hessian"
+        assert f"block 2.{role}: rounded to nearest, singular Hessian" in report.warnings
+    assert "block 1.key: 1 input channels never active, rounded to nearest" in report.warnings
 
 
 def test_gptq_combines_with_smoothing_and_corrections(tmp_path: Path) -> None:

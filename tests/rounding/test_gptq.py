@@ -137,6 +137,42 @@ def test_hopeless_hessian_is_a_typed_result(hessian: torch.Tensor) -> None:
     assert torch.equal(outcome.weight.codes, quantize(weight, W4).codes)
 
 
+@pytest.mark.parametrize("size", [1e-300, 1e-150, 1e150, 1e300])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_size_of_the_hessian_changes_nothing(size: float, act_order: bool) -> None:
+    weight, hessian = problem()
+    hessian[5], hessian[:, 5] = 0, 0
+    config = GptqRounding(act_order=act_order)
+    expected, found = (round_gptq(weight, one, W4, config) for one in (hessian, hessian * size))
+    assert torch.equal(found.weight.codes, expected.weight.codes)
+    assert (found.damping, found.num_dead, found.fallback) == (0.01, 1, None)
+
+
+@pytest.mark.parametrize("size", [1e-310, 1e-320])
+def test_a_hessian_below_all_normal_numbers_is_a_typed_result(size: float) -> None:
+    weight, hessian = problem()
+    outcome = round_gptq(weight, hessian * size, W4, GptqRounding())
+    assert outcome.fallback == "singular Hessian" or outcome.damping is not None
+    assert outcome.loss <= outcome.nearest_loss
+
+
+def test_a_sweep_that_ends_above_nearest_is_dropped() -> None:
+    """Undamped, greedy rounding of two strongly coupled channels can lose; what is kept is rounding to nearest."""
+    generator, dropped = torch.Generator().manual_seed(0), 0
+    for _ in range(60):
+        weight = torch.randn(1, 4, dtype=torch.float64, generator=generator)
+        x = torch.randn(4, 4, dtype=torch.float64, generator=generator)
+        outcome = round_gptq(weight, x.t() @ x, TensorFormat(2), GptqRounding(damping=1e-9))
+        error = weight - outcome.weight.dequantize(torch.float64)
+        assert float((error @ (x.t() @ x) @ error.t()).trace()) == pytest.approx(outcome.loss)
+        assert outcome.loss <= outcome.nearest_loss
+        if outcome.fallback is not None:
+            dropped += 1
+            assert outcome.fallback == "worse than nearest"
+            assert torch.equal(outcome.weight.codes, quantize(weight, TensorFormat(2)).codes)
+    assert dropped
+
+
 def test_bad_input_is_refused() -> None:
     weight, hessian = problem()
     with pytest.raises(NumericalError, match="second moment"):

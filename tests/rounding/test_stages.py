@@ -6,7 +6,7 @@ from masq.calibration.statistics import GroupStatistics
 from masq.models.base import Modality
 from masq.numerics.affine import quantize
 from masq.numerics.scheme import TensorFormat
-from masq.rounding.config import GptqRounding, NearestRounding
+from masq.rounding.config import ClipSearch, GptqRounding, NearestRounding
 from masq.rounding.stages import ROUNDING, pooled_moment
 
 
@@ -17,11 +17,11 @@ def test_pooled_moment_counts_every_token_once() -> None:
     )
     factors = {Modality.TEXT: torch.rand(4) + 0.5, Modality.VISION: torch.rand(4) + 0.5}
     smoothed = torch.cat([x / factors[m].double() for m, x in rows.items()])
-    torch.testing.assert_close(pooled_moment(statistics, factors, "all"), smoothed.t() @ smoothed / 25)
+    torch.testing.assert_close(pooled_moment(statistics, factors), smoothed.t() @ smoothed / 25)
     plain = torch.cat(list(rows.values()))
-    torch.testing.assert_close(pooled_moment(statistics, {}, "all"), plain.t() @ plain / 25)
-    torch.testing.assert_close(pooled_moment(statistics, {}, "text"), statistics.second_moment[Modality.TEXT])
-    assert pooled_moment(GroupStatistics(), {}, "all") is None
+    torch.testing.assert_close(pooled_moment(statistics, {}), plain.t() @ plain / 25)
+    torch.testing.assert_close(pooled_moment(statistics, {}, (Modality.TEXT,)), statistics.second_moment[Modality.TEXT])
+    assert pooled_moment(GroupStatistics(), {}) is None
 
 
 def test_every_stage_returns_codes_of_the_format() -> None:
@@ -53,3 +53,19 @@ def test_gptq_tells_what_it_did_otherwise_than_asked() -> None:
     assert gptq(weight, fmt, GptqRounding(), indefinite).fallback == "damping raised to 0.1"
     zero = torch.zeros(12, 12, dtype=torch.float64)
     assert gptq(weight, fmt, GptqRounding(), zero).fallback == "rounded to nearest, singular Hessian"
+
+
+def test_the_record_says_what_happened_to_a_linear() -> None:
+    weight, fmt = torch.randn(5, 12, generator=torch.Generator().manual_seed(0)).double(), TensorFormat(4)
+    gptq, nearest = ROUNDING.get("gptq"), ROUNDING.get("nearest")
+    dead = torch.eye(12, dtype=torch.float64)
+    dead[3, 3] = dead[7, 7] = 0
+    text = "2 input channels never active, rounded to nearest"
+    expected = {"gain": 1.0, "damping": 0.01, "dead_channels": 2, "fallback": text}
+    assert gptq(weight, fmt, GptqRounding(), dead).to_dict() == expected
+    zero = torch.zeros(12, 12, dtype=torch.float64)
+    singular = {"gain": 1.0, "dead_channels": 12, "fallback": "rounded to nearest, singular Hessian"}
+    assert gptq(weight, fmt, GptqRounding(), zero).to_dict() == singular
+    clipped = gptq(weight, fmt, GptqRounding(clip=ClipSearch()), dead).to_dict()
+    assert set(clipped) == {"gain", "clip_ratio", "damping", "dead_channels", "fallback"}
+    assert nearest(weight, fmt, NearestRounding(), None).to_dict() == {"gain": 1.0}
