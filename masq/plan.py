@@ -15,21 +15,15 @@ from masq.config import RunConfig, active_modalities, check_sizes, folder_name, 
 from masq.models.architecture import architecture, count_parameters, input_sizes, linear_shapes
 from masq.models.config import Architecture
 from masq.models.zoo import embedded_name
-from masq.numerics.scheme import GROUP_ROLES, GroupName
-from masq.transforms.config import (
-    LearnedSmoothing,
-    MbqSmoothing,
-    SearchedSmoothing,
-    SharedSmoothing,
-    takes_moments,
-)
+from masq.numerics.scheme import GROUP_ROLES
+from masq.stored import DTYPE_BYTES, Stored, stored
+from masq.transforms.config import LearnedSmoothing, MbqSmoothing, SearchedSmoothing, takes_moments
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Tasks of the embedded data by what they need besides text, and tokens of one sample: (embedded model, real model).
 _TASKS = {"text": 3, "vision": 4, "audio": 1}
 _JOINT_TASKS = 3
 _TOKENS = {"zoo": 96, "real": 512}
-_SPLIT_SAMPLES = 200
+_SPLIT_SAMPLES = 400
 _PROCESS_BYTES = 700e6
 _FLOPS = {"cpu_core": 80e9, "accelerator": 60e12}
 # Simulated integer products and fake quantization cost about this many float products.
@@ -46,7 +40,8 @@ class Plan:
         existing: folders that already match the pattern.
         num_parameters: by part: language model, embeddings and head, towers.
         num_weights: elements of the linears that are quantized.
-        effective_bits: stored bits per quantized weight, scales, smoothing and adapters included.
+        effective_bits: stored bits per weight of the decoder's linears, scales, smoothing, adapters and linears left
+            in float included.
         memory_bytes: by stage; the peak is the largest.
         disk_bytes: of the run's folder.
         seconds: by stage.
@@ -80,10 +75,7 @@ def plan(config: RunConfig) -> Plan:
     """
     sizes = architecture(config.model)
     check_sizes(config, sizes)
-    shapes = linear_shapes(sizes)
-    quantized = [] if config.method.is_float else [shapes[role] for role in config.scheme.roles]
-    stored = _stored_bits(config, sizes, shapes)
-    num_weights = sizes.num_layers * sum(a * b for a, b in quantized)
+    weights = stored(config, sizes)
     parameters = count_parameters(sizes)
     workload = _Workload.of(config)
     root = Path(config.output.root)
@@ -92,10 +84,10 @@ def plan(config: RunConfig) -> Plan:
         folder=str(root / pattern),
         existing=tuple(sorted(path.name for path in root.glob(pattern) if path.is_dir())),
         num_parameters=parameters,
-        num_weights=num_weights,
-        effective_bits=stored / num_weights if num_weights else 8.0 * _DTYPE_BYTES[config.model.dtype],
-        memory_bytes=_memory(config, sizes, parameters, num_weights, workload),
-        disk_bytes=_disk(config, sizes, num_weights, stored, workload),
+        num_weights=weights.num_quantized,
+        effective_bits=weights.effective_bits,
+        memory_bytes=_memory(config, sizes, parameters, weights.num_quantized, workload),
+        disk_bytes=_disk(config, sizes, weights, workload),
         seconds=_seconds(config, sizes, parameters, workload),
         steps=tuple(_steps(config, sizes, workload)),
         notes=(*notes(config), "time is an order of magnitude; parameters are exact where the towers' sizes are given"),
@@ -145,65 +137,11 @@ class _Workload:
         return cls(evaluation_tasks, calibration * tokens, samples, samples * tokens, tokens, active[1:])
 
 
-def _adapter_bytes(config: RunConfig) -> int:
-    compensation = config.method.compensation
-    return 0 if compensation.kind == "none" else _DTYPE_BYTES[compensation.dtype]
-
-
-def _adapter_elements(config: RunConfig, shapes: dict[str, tuple[int, int]]) -> int:
-    """Elements of the low-rank factors of one block and one modality."""
-    compensation, total = config.method.compensation, 0
-    if compensation.kind == "none":
-        return 0
-    for group in compensation.groups:
-        for role in GROUP_ROLES[group]:
-            if role in config.scheme.roles:
-                rank = compensation.rank
-                if rank is None:
-                    rank = int((compensation.rank_ratio or 0) * min(shapes[role]))
-                total += rank * sum(shapes[role])
-    return total
-
-
-def _stored_bits(config: RunConfig, sizes: Architecture, shapes: dict[str, tuple[int, int]]) -> float:
-    """Bits of everything stored for the quantized linears of all blocks."""
-    weight, method = config.scheme.weight, config.method
-    if weight is None or method.is_float or method.rounding.kind == "none":
-        return 0
-    others = len(_Workload.of(config).other_modalities)
-    groups_smoothed = () if method.smoothing.kind == "none" else method.smoothing.groups
-    smoothed = {role for group in groups_smoothed for role in GROUP_ROLES[group]}
-    bits = 0.0
-    for role in config.scheme.roles:
-        d_out, d_in = shapes[role]
-        # Where the modalities share their factor, they share their weight too.
-        copies = 1 + others if method.stores_weight_per_modality and role in smoothed else 1
-        groups = d_in // weight.group_size if weight.group_size else 1
-        # Float32 scales, and float32 zero points where the format has them.
-        bits += copies * d_out * (d_in * weight.bits + groups * (32 if weight.symmetric else 64))
-    bits += _smoothing_elements(config, shapes) * 32
-    bits += others * _adapter_elements(config, shapes) * 8 * _adapter_bytes(config)
-    return bits * sizes.num_layers
-
-
-def _smoothing_elements(config: RunConfig, shapes: dict[str, tuple[int, int]]) -> int:
-    """Factors of one block that are kept at run time; folded ones cost nothing."""
-    smoothing = config.method.smoothing
-    if smoothing.kind == "none":
-        return 0
-    if isinstance(smoothing, SharedSmoothing | SearchedSmoothing):
-        kept: tuple[GroupName, ...] = ("down",) if "down" in smoothing.groups else ()
-        kept = kept if smoothing.fold else smoothing.groups
-        return sum(shapes[GROUP_ROLES[group][0]][1] for group in kept)
-    rows = 1 + len(_Workload.of(config).other_modalities)
-    return rows * sum(shapes[GROUP_ROLES[group][0]][1] for group in smoothing.groups)
-
-
 def _memory(
     config: RunConfig, sizes: Architecture, parameters: dict[str, int], num_weights: int, workload: _Workload
 ) -> dict[str, float]:
     """Bytes of the calibration and of the evaluation stage."""
-    width = _DTYPE_BYTES[config.model.dtype]
+    width = DTYPE_BYTES[config.model.dtype]
     model = sum(parameters.values()) * width
     batch_tokens = config.evaluation.batch_size * workload.sample_tokens
     logits = 2 * batch_tokens * sizes.vocab_size * 4
@@ -214,7 +152,7 @@ def _memory(
     has_copy = config.scheme.activation is None
     quantized = model + num_weights * ((5 if has_copy else 1) - width)
     cached = 2 * workload.calibration_tokens * sizes.hidden_size * width
-    largest = max(input_sizes(sizes, config.scheme.roles))
+    largest = max(input_sizes(sizes, config.scheme.quantized_roles))
     moments = 4 * largest**2 * 8 * (1 + len(workload.other_modalities))
     training = config.calibration.batch_size * workload.sample_tokens * 40 * sizes.intermediate_size
     block = 3 * 8 * num_weights / sizes.num_layers
@@ -224,13 +162,13 @@ def _memory(
     }
 
 
-def _disk(config: RunConfig, sizes: Architecture, num_weights: int, stored: float, workload: _Workload) -> float:
+def _disk(config: RunConfig, sizes: Architecture, weights: Stored, workload: _Workload) -> float:
     """Block checkpoints hold a byte per code; answers and the record are small."""
     text = 300.0 * workload.evaluation_samples + 200_000
     if config.method.is_float or config.scheme.weight is None:
         return text
     norms = 2 * sizes.num_layers * sizes.hidden_size * 4
-    return text + norms + num_weights + max(0.0, stored - num_weights * config.scheme.weight.bits) / 8
+    return text + norms + weights.num_quantized + (weights.bits - weights.code_bits) / 8
 
 
 def _seconds(
@@ -274,7 +212,7 @@ def _rounding_products(config: RunConfig, sizes: Architecture) -> float:
         # One update of the weight per column and the factors of the Hessian.
         products += sum(2.0 * a * b * b + 2.0 * b**3 for a, b in shapes.values())
     if rounding.kind != "none" and rounding.clip is not None:
-        clipped = [shapes[role] for role in rounding.clip.roles if role in config.scheme.roles]
+        clipped = [shapes[role] for role in rounding.clip.roles if role in config.scheme.quantized_roles]
         products += len(rounding.clip.shares) * sum(2.0 * a * b * b for a, b in clipped)
     return _FLOAT64_COST * products * sizes.num_layers
 
@@ -284,7 +222,10 @@ def _search_products(config: RunConfig, sizes: Architecture, workload: _Workload
     smoothing, shapes = config.method.smoothing, linear_shapes(sizes)
     assert isinstance(smoothing, SearchedSmoothing)
     searched = [
-        shapes[role] for group in smoothing.groups for role in GROUP_ROLES[group] if role in config.scheme.roles
+        shapes[role]
+        for group in smoothing.groups
+        for role in GROUP_ROLES[group]
+        if role in config.scheme.quantized_roles
     ]
     modalities = 1 + len(workload.other_modalities)
     if takes_moments(smoothing.error, [config.scheme.activation]):

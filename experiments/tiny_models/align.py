@@ -167,7 +167,13 @@ class Alignment:
         if scene == "prose":
             return self.prose_loss(rng)
         packed, logits = self.pass_scene(scene, data, C.SCENES[scene]["batch"], rng)
-        return F.cross_entropy(logits, packed.targets[packed.targets >= 0])
+        wanted = packed.targets >= 0
+        losses = torch.zeros(wanted.shape).masked_scatter(
+            wanted, F.cross_entropy(logits, packed.targets[wanted], reduction="none")
+        )
+        # Every question counts alike, whether its answer is one token or twelve.
+        means = [losses[:, a:b].sum() / wanted[:, a:b].sum() for a, b in packed.branches]
+        return torch.stack(means).mean()
 
     @torch.no_grad()
     def score(self, data: Scenes, count: int = 40) -> str:

@@ -136,8 +136,8 @@ SCENES = {
 }
 # One round of steps; prose holds the adapted language model to the original.
 ROUND = (
-    "table numbers read hand words ask table speech numbers ask read prose "
-    "table words hand numbers ask read table speech words ask numbers prose"
+    "table numbers words hand ask words table read ask numbers speech prose "
+    "table words ask hand numbers words table ask read words speech prose"
 ).split()
 
 # Fonts: every upright or slanted Latin text face of these Debian packages. Whole families, with their clones, are kept
@@ -207,8 +207,8 @@ REGRESSION = 4.0
 # Alignment: towers stay as the warm-up left them up to TOWERS_FROM.
 RANK = 16
 ADAPTED_FROM = 6
-ALIGN_STEPS = 720
+ALIGN_STEPS = 640
 TOWERS_FROM = 144
-RATE_ADAPTER = 1.0e-3
+RATE_ADAPTER = 7.0e-4
 RATE_TOWER = 1.5e-4
 PROSE_BATCH = 4
