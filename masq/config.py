@@ -6,23 +6,21 @@ beside the code it configures, and its defaults live there and nowhere else.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from masq import sizes
 from masq.calibration.config import CalibrationConfig
 from masq.compensation.config import Compensation, NoCompensation
 from masq.decoding import decode_dataclass, to_plain
 from masq.errors import ConfigError
 from masq.evaluation.config import EvaluationConfig
 from masq.files import canonical_hash
-from masq.models.architecture import input_sizes, linear_shapes
 from masq.models.config import Architecture, ModelConfig
-from masq.numerics.paley import factor
-from masq.numerics.scheme import GROUP_ROLES, GroupName, Scheme
+from masq.numerics.scheme import Scheme
 from masq.rounding.config import NearestRounding, NoRounding, Rounding
 from masq.transforms.config import (
     LearnedSmoothing,
@@ -199,7 +197,7 @@ def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
     So runs and learned factors from before these options keep their identity.
     """
     plain = to_dict(config)
-    for parent, key in ((plain["method"]["rounding"], "clip"),):
+    for parent, key in ((plain["method"]["rounding"], "clip"), (plain["scheme"], "overrides")):
         if not parent.get(key):
             parent.pop(key, None)
     return plain
@@ -312,10 +310,10 @@ def _check_formats(config: RunConfig) -> None:
     _check_rounding(config)
     smoothing = config.method.smoothing
     fitted = isinstance(smoothing, LearnedSmoothing | SearchedSmoothing)
-    if fitted and not _roles_in(smoothing.groups, config.scheme.roles):
+    if fitted and not sizes.roles_in(smoothing.groups, config.scheme.quantized_roles):
         raise ConfigError(
             "learned or searched smoothing needs a quantized linear in one of its groups",
-            value=f"groups {', '.join(smoothing.groups)}, quantized roles {', '.join(config.scheme.roles)}",
+            value=f"groups {', '.join(smoothing.groups)}, quantized roles {', '.join(config.scheme.quantized_roles)}",
             remedy="choose other groups or roles, or method.smoothing=modality or shared",
         )
     # The sizes of a local checkpoint are read from it, and checked, when the run begins.
@@ -324,50 +322,14 @@ def _check_formats(config: RunConfig) -> None:
 
 
 def check_sizes(config: RunConfig, architecture: Architecture) -> None:
-    """Check groups, rotations and ranks against the sizes of the model.
+    """Check scheme and method against the sizes of the model.
 
     Raises:
-        ConfigError: a group size that does not divide, a rotation of a size that has no Hadamard matrix, or a rank
-            above what a linear has.
+        ConfigError: what does not fit, see ``masq.sizes.check``.
     """
-    if config.method.is_float:
-        return
-    _check_group_size(config, architecture)
-    _check_rotation(config.method.rotation, architecture)
-    compensation = config.method.compensation
-    if compensation.kind == "none" or not compensation.rank:
-        return
-    shapes = linear_shapes(architecture)
-    full = {role: min(shapes[role]) for role in _roles_in(compensation.groups, config.scheme.roles)}
-    role = min(full, key=lambda one: full[one], default=None)
-    if role is not None and compensation.rank > full[role]:
-        raise ConfigError(
-            f"the rank of a correction is at most the smaller side of its linear, {full[role]} for {role} of "
-            f"{config.model.name}",
-            value=f"method.compensation.rank={compensation.rank}",
-            remedy="lower it, leave the group out, or set rank_ratio and rank=null",
-        )
-
-
-def _check_rotation(rotation: Rotation, architecture: Architecture) -> None:
-    if rotation.kind == "none":
-        return
-    head_dim = architecture.head_dim or architecture.hidden_size // architecture.num_heads
-    sizes = {
-        "residual": architecture.hidden_size if rotation.residual else 1,
-        "heads": head_dim if rotation.heads else 1,
-        "down": architecture.intermediate_size if rotation.down else 1,
-    }
-    for name, size in sizes.items():
-        try:
-            factor(size)
-        except ConfigError as error:
-            remedy = f"set method.rotation.{name}=false"
-            raise ConfigError(f"method.rotation.{name}: {error.rule}", value=error.value, remedy=remedy) from None
-
-
-def _roles_in(groups: Sequence[GroupName], roles: Sequence[str]) -> list[str]:
-    return [role for group in groups for role in GROUP_ROLES[group] if role in roles]
+    if not config.method.is_float:
+        method = config.method
+        sizes.check(config.scheme, method.rotation, method.compensation, architecture, config.model.name)
 
 
 def _check_rounding(config: RunConfig) -> None:
@@ -379,21 +341,4 @@ def _check_rounding(config: RunConfig) -> None:
             "act_order visits columns out of their groups, so the scales of groups must be fixed before",
             value=f"act_order=true with groups of {weight.group_size} and static_groups=false",
             remedy="set method.rounding.static_groups=true",
-        )
-
-
-def _check_group_size(config: RunConfig, architecture: Architecture) -> None:
-    weight = config.scheme.weight
-    if weight is None or weight.group_size is None:
-        return
-    sizes = input_sizes(architecture, config.scheme.roles)
-    common = math.gcd(*sizes)
-    if common % weight.group_size:
-        remedy = f"Name a scheme of your own: scheme.name=NAME scheme.weight.group_size=N, with N a divisor of {common}"
-        if common % 64 == 0:
-            remedy = f"Use scheme=w4a16_g64, or another divisor of {common}"
-        raise ConfigError(
-            f"the group size must divide the input channels of every quantized linear of {config.model.name}",
-            value=f"scheme {config.scheme.name} has groups of {weight.group_size}, inputs have {sizes} channels",
-            remedy=remedy,
         )

@@ -9,7 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from masq.config import RunConfig, active_modalities, check_sizes, identity, notes, run_folder, to_dict
+from masq.config import (
+    RunConfig,
+    active_modalities,
+    check_sizes,
+    identity,
+    notes,
+    run_folder,
+    to_dict,
+    to_hashed_dict,
+)
 from masq.errors import ConfigError, DataError
 from masq.files import atomic_write_bytes, canonical_hash, require_writable_folder
 from masq.models.zoo import is_trained
@@ -231,7 +240,7 @@ def _public_config(config: RunConfig) -> dict[str, Any]:
 
 def _factors_key(config: RunConfig, hashes: dict[str, str]) -> str:
     """Hash of what learned factors depend on: not of rounding or compensation, so that methods share them."""
-    plain = to_dict(config)
+    plain = to_hashed_dict(config)
     model = {key: value for key, value in plain["model"].items() if key not in ("architecture", "source")}
     return canonical_hash(
         {

@@ -213,6 +213,18 @@ def test_the_demo_preset_has_the_sizes_of_the_readme() -> None:
         ("scheme.activation.symmetric", False, "activations are symmetric"),
         ("scheme.roles", ["query", "query"], "each once"),
         ("scheme.roles", ["query"], "the name w4a8 stands for other formats or roles"),
+        ("scheme.overrides", [{"roles": ["down"], "weight_bits": 8}], "the name w4a8 stands for .*1 overrides"),
+        ("scheme.overrides", [{"roles": ["down"]}], r"scheme.overrides\[0\]: an override must either skip"),
+        (
+            "scheme.overrides",
+            [{"skip": True, "weight_bits": 8}],
+            "must either skip its linears or give them other bits",
+        ),
+        ("scheme.overrides", [{"weight_bits": 16}], "bits must lie between 2 and 8"),
+        ("scheme.overrides", [{"roles": ["dwon"], "skip": True}], r"overrides\[0\].roles\[0\] .*Did you mean down"),
+        ("scheme.overrides", [{"blocks": [], "skip": True}], "blocks must name at least one"),
+        ("scheme.overrides", [{"blocks": [1, 1], "skip": True}], "each once"),
+        ("scheme.overrides", [{"block": [1], "skip": True}], "Did you mean scheme.overrides"),
         ("calibration.samples_per_task", 0, "samples_per_task must be positive"),
         ("calibration.batch_size", 0, "batch_size must be positive"),
         ("calibration.tasks", [], "tasks must name at least one task"),
@@ -296,6 +308,44 @@ def test_no_clip_search_leaves_identities_as_they_were(base: dict[str, Any]) -> 
     clipped = decode(changed(base, "method.rounding.clip", {}))
     assert identity(clipped, {}) != identity(config, {})
     assert identity(decode(changed(base, "method.rounding.clip", {"steps": 9})), {}) != identity(clipped, {})
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "message"),
+    [
+        ("rtn", "[{blocks:[30],skip:true}]", r"from 0 to 29, or from -1 back to -30 \(got: scheme.overrides name 30\)"),
+        ("rtn", "[{blocks:[-31,2],skip:true}]", "scheme.overrides name -31"),
+        ("rtn", "[{skip:true}]", "must leave a linear to quantize"),
+        ("awq", "[{roles:[query,key,value,output,gate,up,down],skip:true}]", "needs a quantized linear in one of its"),
+        ("smoothquant_learned", "[{roles:[query,key,value,output,gate,up],skip:true}]", "needs a quantized linear in"),
+    ],
+)
+def test_overrides_are_checked_against_the_model_before_any_work(method: str, overrides: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        decode(plain(f"method={method}", f"++scheme.overrides={overrides}", "++scheme.name=mixed"))
+
+
+def test_overrides_must_be_about_what_is_quantized() -> None:
+    some = ("++scheme.name=mixed", "++scheme.overrides=[{roles:[output],weight_bits:8}]")
+    with pytest.raises(ConfigError, match="about linears that the scheme quantizes .*got: output"):
+        decode(plain("method=rtn", *some, "++scheme.roles=[down]"))
+    with pytest.raises(ConfigError, match="activation_bits overrides the bits of quantized activations"):
+        decode(
+            plain("method=rtn", "scheme=w4a16_g64", some[0], "++scheme.overrides=[{roles:[down],activation_bits:8}]")
+        )
+
+
+def test_a_group_size_is_not_checked_on_linears_left_in_float() -> None:
+    overrides = "++scheme.overrides=[{roles:[query,key,value,output,gate,up],skip:true}]"
+    assert decode(plain("method=rtn", "scheme=w4a16", "++scheme.name=mixed", overrides)).scheme.overrides
+
+
+def test_no_overrides_leave_identities_as_they_were(base: dict[str, Any]) -> None:
+    assert "overrides" not in to_hashed_dict(decode(base))["scheme"]
+    mixed = ("++scheme.name=mixed", "++scheme.overrides=[{blocks:[0],skip:true}]")
+    config = decode(plain(*mixed))
+    assert decode(to_dict(config)) == config
+    assert identity(config, {}) != identity(decode(plain("++scheme.name=mixed")), {})
 
 
 def test_active_modalities() -> None:

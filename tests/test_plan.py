@@ -95,6 +95,24 @@ def test_effective_bits_by_hand() -> None:
     assert mas.effective_bits == pytest.approx((4 * weights + 32 * rows + vectors + copied) / weights)
 
 
+def test_effective_bits_follow_overrides() -> None:
+    """By hand: down in 8 bits, output in float32, and the first of three blocks in float32."""
+    shapes = linear_shapes(architecture(configured("model=nano_vl", "modality=dual").model))
+    elements = {role: a * b for role, (a, b) in shapes.items()}
+    total = sum(elements.values())
+    overrides = "[{roles:[down],weight_bits:8},{roles:[output],skip:true},{blocks:[0],skip:true}]"
+    config = configured(
+        "model=nano_vl", "modality=dual", "method=rtn", f"++scheme.overrides={overrides}", "++scheme.name=mixed"
+    )
+    quantized = {role: count for role, count in elements.items() if role != "output"}
+    codes = sum(count * (8 if role == "down" else 4) for role, count in quantized.items())
+    scales = 32 * sum(a for role, (a, _) in shapes.items() if role != "output")
+    bits = 2 * (codes + scales + 32 * elements["output"]) + 32 * total
+    planned = plan(config)
+    assert planned.effective_bits == pytest.approx(bits / (3 * total))
+    assert planned.num_weights == 2 * sum(quantized.values())
+
+
 def test_estimates_move_the_right_way() -> None:
     rtn, learned = plan(configured("method=rtn")), plan(configured("method=masquant"))
     upper = plan(configured("method=mas"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from masq.errors import ConfigError, unknown_name
@@ -70,6 +71,53 @@ class TensorFormat:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearFormat:
+    """Formats of one linear: of its weight, and of its input (None for float)."""
+
+    weight: TensorFormat
+    activation: TensorFormat | None
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """Another treatment of some linears; of several that fit one linear ``skip`` wins, then the last.
+
+    Attributes:
+        roles: the linears it is about, None for all.
+        blocks: the decoder blocks it is about by number, negative ones counted from the last; None for all.
+        skip: leave them in float.
+        weight_bits: bits of their weights, None for those of the scheme.
+        activation_bits: bits of their inputs, None for those of the scheme.
+    """
+
+    roles: tuple[RoleName, ...] | None = None
+    blocks: tuple[int, ...] | None = None
+    skip: bool = False
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        """Reject overrides that mean nothing.
+
+        Raises:
+            ConfigError: nothing or two things asked for, bits out of range, or roles or blocks empty or repeated.
+        """
+        bits = [one for one in (self.weight_bits, self.activation_bits) if one is not None]
+        if self.skip == bool(bits):
+            raise ConfigError(
+                "an override must either skip its linears or give them other bits",
+                value=f"skip={self.skip}, weight_bits={self.weight_bits}, activation_bits={self.activation_bits}",
+            )
+        if not all(2 <= one <= _MAX_BITS for one in bits):
+            raise ConfigError("bits must lie between 2 and 8", value=bits, remedy="set skip: true to leave it in float")
+        for name, values in (("roles", self.roles), ("blocks", self.blocks)):
+            if values is not None and (not values or len(set(values)) != len(values)):
+                raise ConfigError(
+                    f"{name} must name at least one, each once", value=list(values), remedy="set null for all"
+                )
+
+
+@dataclass(frozen=True, slots=True)
 class Scheme:
     """Formats of the decoder linears. Attention, the KV cache, the towers and the head stay in float.
 
@@ -78,19 +126,22 @@ class Scheme:
         weight: format of weights, None for float.
         activation: format of the linears' inputs, None for float.
         roles: the linears that are quantized.
+        overrides: linears or blocks that are treated otherwise.
     """
 
     name: str
     weight: TensorFormat | None
     activation: TensorFormat | None
     roles: tuple[RoleName, ...] = ALL_ROLES
+    overrides: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
         """Reject schemes that mean nothing.
 
         Raises:
             ConfigError: formats used for the wrong tensor, integer activations without integer weights, repeated
-                roles, asymmetric activations, or a preset's name on other formats or fewer roles.
+                roles, asymmetric activations, overrides of what is not quantized, or a preset's name on other formats,
+                fewer roles or overrides.
         """
         if self.weight is not None and self.weight.granularity == "per_token":
             raise ConfigError("weight.granularity must be per_channel or per_group", value=self.weight.granularity)
@@ -106,18 +157,69 @@ class Scheme:
             raise ConfigError("activations are quantized only together with weights", value="weight=null")
         if not self.roles or len(set(self.roles)) != len(self.roles):
             raise ConfigError("roles must name at least one linear, each once", value=list(self.roles))
+        for override in self.overrides:
+            self._check_override(override)
         formats = _PRESETS.get(self.name)
-        if formats is not None and (*formats, set(ALL_ROLES)) != (self.weight, self.activation, set(self.roles)):
+        given = (self.weight, self.activation, set(self.roles), ())
+        if formats is not None and (*formats, set(ALL_ROLES), self.overrides) != given:
             raise ConfigError(
                 f"the name {self.name} stands for other formats or roles",
-                value=f"weight={self.weight}, activation={self.activation}, roles={', '.join(self.roles)}",
+                value=f"weight={self.weight}, activation={self.activation}, roles={', '.join(self.roles)}, "
+                f"{len(self.overrides)} overrides",
                 remedy="give a changed scheme a name of its own: scheme.name=NAME",
+            )
+
+    def _check_override(self, override: Override) -> None:
+        foreign = [role for role in override.roles or () if role not in self.roles]
+        if foreign or self.weight is None:
+            raise ConfigError(
+                "an override must be about linears that the scheme quantizes",
+                value=", ".join(foreign) or "scheme.weight=null",
+                remedy="add them to scheme.roles, or leave them out",
+            )
+        if override.activation_bits is not None and self.activation is None:
+            raise ConfigError(
+                "activation_bits overrides the bits of quantized activations",
+                value=f"activation_bits={override.activation_bits}, scheme.activation=null",
+                remedy="leave it out, or take a scheme that quantizes activations",
             )
 
     @property
     def is_float(self) -> bool:
         """Whether nothing is quantized."""
         return self.weight is None
+
+    @property
+    def quantized_roles(self) -> tuple[RoleName, ...]:
+        """The linears that are quantized in some block, as far as overrides of all blocks tell."""
+        everywhere = [one for one in self.overrides if one.skip and one.blocks is None]
+        return tuple(role for role in self.roles if not any(role in (one.roles or self.roles) for one in everywhere))
+
+    def for_block(self, index: int, num_blocks: int) -> Scheme:
+        """The scheme of one decoder block: overrides of other blocks are gone, the others are about every block.
+
+        Args:
+            index: number of the block, from 0.
+            num_blocks: how many there are, at least as many as the overrides name.
+        """
+        kept = [
+            replace(one, blocks=None)
+            for one in self.overrides
+            if one.blocks is None or index in {block % num_blocks for block in one.blocks}
+        ]
+        return replace(self, overrides=tuple(kept))
+
+    @property
+    def formats(self) -> dict[str, LinearFormat]:
+        """Formats of the linears that are quantized, by role; of a scheme ``for_block`` if its overrides name any."""
+        assert all(one.blocks is None for one in self.overrides), "ask the scheme of a block"
+        found: dict[str, LinearFormat] = {}
+        for role in self.roles if self.weight is not None else ():
+            overrides = [one for one in self.overrides if one.roles is None or role in one.roles]
+            if not any(one.skip for one in overrides):
+                assert self.weight is not None
+                found[role] = _overridden(self.weight, self.activation, overrides)
+        return found
 
     @classmethod
     def preset(cls, name: str) -> Scheme:
@@ -139,6 +241,15 @@ class Scheme:
     def preset_names() -> tuple[str, ...]:
         """Names that ``preset`` knows."""
         return tuple(_PRESETS)
+
+
+def _overridden(weight: TensorFormat, activation: TensorFormat | None, overrides: Sequence[Override]) -> LinearFormat:
+    for one in overrides:
+        if one.weight_bits is not None:
+            weight = replace(weight, bits=one.weight_bits)
+        if one.activation_bits is not None and activation is not None:
+            activation = replace(activation, bits=one.activation_bits)
+    return LinearFormat(weight, activation)
 
 
 def _per_token(bits: int) -> TensorFormat:

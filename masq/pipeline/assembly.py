@@ -12,8 +12,9 @@ from masq.errors import NumericalError
 from masq.models.base import GROUPS, Modality, Role
 from masq.modules.quant_linear import QuantLinear
 from masq.numerics.linalg import Whitener, whitener
+from masq.numerics.scheme import GROUP_ROLES
 from masq.rounding.stages import ROUNDING, Rounded, pooled_moment
-from masq.transforms.config import MbqSmoothing, NoRotation, SearchedSmoothing
+from masq.transforms.config import MbqSmoothing, NoRotation, NoSmoothing, SearchedSmoothing
 from masq.transforms.smoothing import match_scale
 from masq.transforms.stages import apply_folds, moment_groups
 
@@ -33,7 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stages:
-    """A method: one configuration per slot, the number formats and the seed of every random stream."""
+    """A method: one configuration per slot, the number formats and the seed of every random stream.
+
+    What depends on formats is asked of ``for_block``.
+    """
 
     smoothing: Smoothing
     rounding: NearestRounding | GptqRounding
@@ -41,6 +45,17 @@ class Stages:
     scheme: Scheme
     seed: int = 0
     rotation: Rotation = NoRotation()
+
+    def for_block(self, index: int, num_blocks: int) -> Stages:
+        """The method on one block: its own formats, and smoothing of groups that have a quantized linear there."""
+        scheme, smoothing = self.scheme.for_block(index, num_blocks), self.smoothing
+        if smoothing.kind != "none":
+            groups = tuple(group for group in smoothing.groups if set(GROUP_ROLES[group]) & set(scheme.formats))
+            if not groups:
+                smoothing = NoSmoothing()
+            elif groups != smoothing.groups:
+                smoothing = replace(smoothing, groups=groups)
+        return replace(self, scheme=scheme, smoothing=smoothing)
 
     @property
     def learns(self) -> bool:
@@ -60,7 +75,9 @@ class Stages:
     @property
     def compensated_groups(self) -> tuple[str, ...]:
         """Groups that get low-rank corrections, and so need second moments."""
-        return () if self.compensation.kind == "none" else tuple(self.compensation.groups)
+        if self.compensation.kind == "none":
+            return ()
+        return tuple(group for group in self.compensation.groups if set(GROUP_ROLES[group]) & set(self.scheme.formats))
 
     @property
     def rounds_against_input(self) -> bool:
@@ -72,7 +89,7 @@ class Stages:
         """Groups whose second moments a stage asks for: to correct them, or to round against them."""
         if not self.rounds_against_input:
             return self.compensated_groups
-        return tuple(group for group, roles in GROUPS.items() if set(roles) & set(self.scheme.roles))
+        return tuple(group for group, roles in GROUP_ROLES.items() if set(roles) & set(self.scheme.formats))
 
     @property
     def second_moment_modalities(self) -> tuple[Modality, ...]:
@@ -123,7 +140,7 @@ def quantize_block(
         name: block name for errors.
         plan: smoothing factors.
         statistics: by group, second moments where a stage asks for them.
-        stages: the method.
+        stages: the method on this block.
         context: token modalities for the new linears.
 
     Returns:
@@ -138,6 +155,7 @@ def quantize_block(
     apply_folds(block, plan)
     captured: dict[str, list[float]] = {}
     rounded: dict[str, Rounded] = {}
+    formats = stages.scheme.formats
     for group, roles in GROUPS.items():
         factors = _scaled_factors(plan.factors.get(group, {}), stages)
         roots = _whiteners(statistics[group], factors, stages) if group in stages.compensated_groups else {}
@@ -145,7 +163,7 @@ def quantize_block(
         for role in map(Role, roles):
             linear = block.linear(role)
             assert isinstance(linear, torch.nn.Linear)
-            if role not in stages.scheme.roles:
+            if role not in formats:
                 if group in plan.folded:
                     linear.weight.mul_(factors[Modality.TEXT].to(linear.weight))
                 continue
@@ -226,12 +244,12 @@ def _quantize_linear(
     linear, name, factors, folded = made.module, made.name, made.factors, made.folded
     weight_oi = linear.weight.detach().double()
     _require_finite(weight_oi, name, "weight")
-    assert stages.scheme.weight is not None
+    fmt = stages.scheme.formats[made.role]
     present = tuple(factors) or (Modality.TEXT,)
     smoothed = {m: weight_oi * _factor(factors, m, linear.in_features, weight_oi.device) for m in (*present, *roots)}
     stored = present if stages.stores_weight_per_modality else (Modality.TEXT,)
     stage, config = ROUNDING.get(stages.rounding.kind), stages.rounding_of(made.role)
-    rounded = {m: stage(smoothed[m], stages.scheme.weight, config, moments.get(m)) for m in stored}
+    rounded = {m: stage(smoothed[m], fmt.weight, config, moments.get(m)) for m in stored}
     weights = {m: one.weight for m, one in rounded.items()}
     corrections, shares = _corrections(smoothed, weights[Modality.TEXT], roots, stages)
     for left, right in corrections.values():
@@ -240,7 +258,7 @@ def _quantize_linear(
     layer = QuantLinear(
         weights=weights,
         bias=linear.bias,
-        activation=stages.scheme.activation,
+        activation=fmt.activation,
         context=context,
         smoothing=None if folded or not factors else factors,
         corrections=corrections,

@@ -52,19 +52,23 @@ class Prepared:
     sensitivity: Sequence[Mapping[Modality, float]] | None = None
 
 
-def token_sample(replay: Sequence[ReplayBatch], stages: Stages) -> TokenSample | None:
+def token_sample(replay: Sequence[ReplayBatch], stages: Stages, num_blocks: int) -> TokenSample | None:
     """The tokens that a search of smoothing looks at, none of them where second moments tell it all."""
     config = stages.smoothing
     if not isinstance(config, SearchedSmoothing):
         return None
-    needs_rows = set(config.groups) - set(stages.search_moment_groups)
+    of_blocks = [stages.for_block(index, num_blocks) for index in range(num_blocks)]
+    needs_rows = any(
+        set(one.smoothing.groups) - set(one.search_moment_groups) for one in of_blocks if one.smoothing.kind != "none"
+    )
     return TokenSample.draw([batch.modality for batch in replay], config.tokens if needs_rows else 0, stages.seed)
 
 
-def needs_statistics(stages: Stages, prepared: Prepared) -> bool:
+def needs_statistics(stages: Stages, prepared: Prepared, num_blocks: int) -> bool:
     """Whether the second walk has to see every batch."""
-    fits_smoothing = prepared.plans is None and stages.smoothing.kind != "none"
-    return fits_smoothing or bool(stages.second_moment_groups)
+    if prepared.plans is None and stages.smoothing.kind != "none":
+        return True
+    return any(stages.for_block(index, num_blocks).second_moment_groups for index in range(num_blocks))
 
 
 def quantize_one(
@@ -81,7 +85,7 @@ def quantize_one(
         block: the float block.
         index: its number.
         chains: its inputs.
-        stages: the method.
+        stages: the method on this block.
         context: token modalities for the new linears.
         prepared: learned smoothing, or what a search looks at besides.
 

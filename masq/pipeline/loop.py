@@ -24,7 +24,7 @@ from masq.pipeline.progress import BlockClock
 from masq.pipeline.store import BlockStore, block_tensors, restore_block
 from masq.transforms.config import LearnedSmoothing
 from masq.transforms.fake_quantized import Factors, run_fake_quantized
-from masq.transforms.learned import LearnedFactors, learn_factors
+from masq.transforms.learned import learn_factors
 from masq.transforms.rotation import rotate_model
 from masq.transforms.stages import SMOOTHING, SmoothingPlan
 
@@ -97,7 +97,7 @@ def quantize(
         learned = _learn(adapter, hidden, replay, stages, context, factors, report)
         report.seconds["learn"] = time.perf_counter() - started
     started = time.perf_counter()
-    prepared = Prepared(learned, token_sample(replay, stages), sensitivity)
+    prepared = Prepared(learned, token_sample(replay, stages, len(adapter.blocks())), sensitivity)
     _quantize(adapter, hidden, replay, stages, context, blocks, prepared, report)
     report.seconds["quantize"] = time.perf_counter() - started
     context.clear()
@@ -171,28 +171,25 @@ def _learn(
     floats, quantized, plans = hidden, hidden, []
     shown = _one_of_each_mix(replay)
     for index, block in enumerate(adapter_blocks):
-        name = f"block {index}"
+        name, own = f"block {index}", stages.for_block(index, len(adapter_blocks))
         targets = _outputs(block, name, floats, replay, context) if walk_needed else []
         stored, outputs = store.load(index), None
         if stored is None:
             with numerical_errors_of(name):
-                outcome = _learn_one(block, name, BlockData(quantized, targets, replay), stages)
-            note = {
-                "initial_loss": outcome.initial_loss,
-                "final_loss": outcome.final_loss,
-                "reverted": outcome.reverted,
-            }
-            stored, outputs = (_flatten(outcome.log_factors), note), outcome.outputs
+                factors, note, outputs = _learn_one(block, name, BlockData(quantized, targets, replay), own)
+            stored = _flatten(factors), note
             store.save(index, *stored)
         logs = _unflatten(stored[0], hidden[0].device)
         plans.append(SmoothingPlan({group: {m: log.exp() for m, log in by.items()} for group, by in logs.items()}))
         report.blocks.append({"index": index, **stored[1]})
-        if stored[1]["reverted"]:
+        if stored[1].get("reverted"):
             report.warnings.append(f"{name}: learning did not lower the loss, the starting factors were kept")
         if walk_needed:
-            quantized = outputs or run_fake_quantized(block, name, logs, quantized, replay, stages.scheme)
+            quantized = outputs or run_fake_quantized(block, name, logs, quantized, replay, own.scheme)
             floats = targets
-            losses = f"loss {stored[1]['initial_loss']:.4f} -> {stored[1]['final_loss']:.4f}"
+            losses = "nothing to learn"
+            if stored[1]:
+                losses = f"loss {stored[1]['initial_loss']:.4f} -> {stored[1]['final_loss']:.4f}"
             clock.tick(f"{losses} | {_sqnr_text(_mean_sqnr(*_picked(shown, targets, quantized, replay)))}")
     return plans
 
@@ -201,13 +198,23 @@ def _picked(indices: Sequence[int], *lists: Sequence[Any]) -> list[list[Any]]:
     return [[one[index] for index in indices] for one in lists]
 
 
-def _learn_one(block: BlockAdapter, name: str, data: BlockData, stages: Stages) -> LearnedFactors:
-    """Learn the factors of one block, from those of the closed form on."""
+def _learn_one(
+    block: BlockAdapter, name: str, data: BlockData, stages: Stages
+) -> tuple[Factors, dict[str, Any], list[torch.Tensor] | None]:
+    """Learn the factors of one block, from those of the closed form on.
+
+    Returns:
+        Their logarithms, the losses, and the outputs of the block with them. Nothing of it where no linear in a
+        smoothed group is quantized.
+    """
     config = stages.smoothing
-    assert isinstance(config, LearnedSmoothing)
+    if not isinstance(config, LearnedSmoothing):
+        return {}, {}, None
     statistics = collect(block, data.hidden, data.batches, groups=config.groups)
     initial = SMOOTHING.get(config.kind)(block, statistics, config, stages.scheme).factors
-    return learn_factors(block, name, initial, data, stages.scheme, config, seed=stages.seed)
+    found = learn_factors(block, name, initial, data, stages.scheme, config, seed=stages.seed)
+    note = {"initial_loss": found.initial_loss, "final_loss": found.final_loss, "reverted": found.reverted}
+    return found.log_factors, note, found.outputs
 
 
 def _quantize(
@@ -227,20 +234,20 @@ def _quantize(
     """
     adapter_blocks = adapter.blocks()
     clock = BlockClock("quantize", len(adapter_blocks))
-    if not needs_statistics(stages, prepared):
+    if not needs_statistics(stages, prepared, len(adapter_blocks)):
         hidden, replay = _picked(_one_of_each_mix(replay), hidden, replay)
     watched = list(range(len(replay))) if stages.uses_float_chain else _one_of_each_mix(replay)
     seen, floats = _picked(watched, replay, hidden)
     quantized = hidden
     for index, block in enumerate(adapter_blocks):
-        name = f"block {index}"
+        name, own = f"block {index}", stages.for_block(index, len(adapter_blocks))
         targets = _outputs(block, name, floats, seen, context)
         stored = store.load(index)
         if stored is None:
             with numerical_errors_of(name):
-                note = quantize_one(block, index, Chains(floats, quantized, replay), stages, context, prepared)
+                note = quantize_one(block, index, Chains(floats, quantized, replay), own, context, prepared)
         else:
-            restore_block(block, stored[0], stages.scheme, context, quantized[0].dtype)
+            restore_block(block, stored[0], own.scheme, context, quantized[0].dtype)
             note = stored[1]
         quantized = _outputs(block, name, quantized, replay, context)
         sqnr = _mean_sqnr(targets, [quantized[index] for index in watched], seen)

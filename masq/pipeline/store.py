@@ -93,16 +93,17 @@ def block_tensors(block: BlockAdapter) -> dict[str, torch.Tensor]:
 def restore_block(
     block: BlockAdapter, tensors: dict[str, torch.Tensor], scheme: Scheme, context: ModalityContext, dtype: torch.dtype
 ) -> None:
-    """Put the tensors of ``block_tensors`` back, bit for bit."""
+    """Put the tensors of ``block_tensors`` back, bit for bit; ``scheme`` is that of the block."""
+    formats = scheme.formats
     for role in ALL_ROLES:
         device = next(iter(block.linear(role).state_dict().values())).device
         state = {k.split(".", 1)[1]: v.to(device) for k, v in tensors.items() if k.startswith(f"{role}.")}
         if "codes_text" not in state:
             block.linear(role).load_state_dict(state)
             continue
-        assert scheme.weight is not None
+        fmt = formats[role]
         layer = QuantLinear.from_state(
-            state, weight=scheme.weight, activation=scheme.activation, context=context, dtype=dtype
+            state, weight=fmt.weight, activation=fmt.activation, context=context, dtype=dtype
         )
         block.set_linear(role, layer)
     for group in GROUPS:

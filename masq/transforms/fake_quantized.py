@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from masq.calibration.replay import ReplayBatch
     from masq.models.base import BlockAdapter
-    from masq.numerics.scheme import Scheme, TensorFormat
+    from masq.numerics.scheme import LinearFormat, Scheme, TensorFormat
 
 Factors = dict[str, dict[Modality, torch.Tensor]]
 
@@ -108,18 +108,17 @@ class _FakeQuantLinear(nn.Module):
         self,
         linear: nn.Linear,
         source: _SharedInput | None,
-        weight: TensorFormat | None,
-        activation: TensorFormat | None,
+        fmt: LinearFormat,
         rows: Rows,
     ) -> None:
         super().__init__()
         self.weight = linear.weight.detach().float()
         self.bias = None if linear.bias is None else linear.bias.detach().float()
         self.source, self.rows = source, rows
-        self.weight_format = weight
-        self.activation = activation
+        self.weight_format = fmt.weight
+        self.activation = fmt.activation
         # Without smoothing the rounded weight never changes.
-        self.static = _fake(self.weight, weight) if source is None else None
+        self.static = _fake(self.weight, fmt.weight) if source is None else None
         self._rounded: dict[Modality, tuple[int, torch.Tensor]] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -168,21 +167,25 @@ def fake_quantized(
     Args:
         block: a block with float linears.
         log_factors: log s_m [d_in] by group and modality; a group without an entry is quantized without smoothing.
-        scheme: formats and quantized roles.
+        scheme: formats and quantized roles, of this block.
         alone: see ``Rows``.
 
     Yields:
         The row index to set before each call of the block.
     """
     rows = Rows({m for by in log_factors.values() for m in by} or {Modality.TEXT}, alone=alone)
-    originals = {Role(role): block.linear(Role(role)) for role in scheme.roles}
-    group_of = {Role(role): group for group, roles in GROUPS.items() for role in roles}
-    sources = {group: _SharedInput(logs, rows, scheme.activation) for group, logs in log_factors.items()}
+    formats = {Role(role): fmt for role, fmt in scheme.formats.items()}
+    originals = {role: block.linear(role) for role in formats}
+    group_of = {role: group for group, roles in GROUPS.items() for role in roles}
+    # Linears of a group read one smoothed input, quantized once for each format.
+    sources: dict[tuple[str, TensorFormat | None], _SharedInput] = {}
     try:
         for role, linear in originals.items():
             assert isinstance(linear, nn.Linear)
-            source = sources.get(group_of[role])
-            block.set_linear(role, _FakeQuantLinear(linear, source, scheme.weight, scheme.activation, rows))
+            key = group_of[role], formats[role].activation
+            if key[0] in log_factors and key not in sources:
+                sources[key] = _SharedInput(log_factors[key[0]], rows, key[1])
+            block.set_linear(role, _FakeQuantLinear(linear, sources.get(key), formats[role], rows))
         yield rows
     finally:
         for role, linear in originals.items():

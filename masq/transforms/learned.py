@@ -66,7 +66,7 @@ def learn_factors(
         name: the block's name, for errors and for the key of its random stream.
         initial: starting factors by group and modality.
         data: inputs of the quantized chain and outputs of the float chain.
-        scheme: formats.
+        scheme: formats, of this block.
         config: epochs, learning rate, loss weights.
         seed: seed of the run; the order of batches depends on (seed, name, epoch) alone.
 

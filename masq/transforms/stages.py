@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from masq.models.base import GROUPS, Modality, Role
+from masq.numerics.scheme import GROUP_ROLES
 from masq.registry import Registry
 from masq.transforms.config import takes_moments
 from masq.transforms.search import SearchedLinear, awq_factor, pooled_abs_mean, search
@@ -135,16 +136,20 @@ def fit_searched(
 
 def moment_groups(config: SearchedSmoothing, scheme: Scheme) -> tuple[str, ...]:
     """The groups whose search needs second moments and no row: squared errors of the weights alone."""
-    by_moments = takes_moments(config.error, [scheme.activation])
-    return tuple(group for group in config.groups if by_moments and set(GROUPS[group]) & set(scheme.roles))
+    formats, found = scheme.formats, []
+    for group in config.groups:
+        activations = [formats[role].activation for role in GROUP_ROLES[group] if role in formats]
+        if activations and takes_moments(config.error, activations):
+            found.append(group)
+    return tuple(found)
 
 
 def _searched_linears(block: BlockAdapter, group: str, scheme: Scheme) -> list[SearchedLinear]:
-    assert scheme.weight is not None
+    formats = scheme.formats
     return [
-        SearchedLinear(weight, scheme.weight, scheme.activation)
+        SearchedLinear(weight, formats[role].weight, formats[role].activation)
         for role, weight in zip(GROUPS[group], group_weights(block, group), strict=True)
-        if role in scheme.roles
+        if role in formats
     ]
 
 
