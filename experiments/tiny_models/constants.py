@@ -116,7 +116,7 @@ QUESTIONS = {
     "table_value": ["What is the value of {letter}?", "Which number belongs to {letter}?"],
     "table_letter": ["Which letter has the value {value}?", "What does {value} belong to?"],
     "speech": ["What was said?", "Write down the speech.", "What do you hear?"],
-    "same": ["Is the spoken word the written one?", "Do you hear the word in the picture?"],
+    "same": ["Written and spoken word: the same?", "Compare the written with the spoken word."],
     "larger": ["Which number is larger, the printed or the spoken one?", "Name the larger of the two numbers."],
     "ask": ["Answer the spoken question.", "Do what the voice asks."],
 }
@@ -130,7 +130,7 @@ SCENES = {
     "hand": {"media": ("image",), "tasks": ("digits", "sum", "digits"), "batch": 14},
     "table": {"media": ("image",), "tasks": ("table", "table", "table"), "batch": 14},
     "speech": {"media": ("audio",), "tasks": ("speech",), "batch": 16},
-    "words": {"media": ("image", "audio"), "tasks": ("same", "read", "speech"), "batch": 10},
+    "words": {"media": ("image", "audio"), "tasks": ("same",), "batch": 14},
     "numbers": {"media": ("image", "audio"), "tasks": ("larger", "read", "speech"), "batch": 10},
     "ask": {"media": ("image", "audio"), "tasks": ("ask", "sum"), "batch": 12},
 }

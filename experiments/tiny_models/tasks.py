@@ -19,7 +19,7 @@ def question_answer(task: str, picture: dict | None, sound: dict | None, rng: np
     answers = {
         "read": seen,
         "speech": heard,
-        "same": "yes" if seen == heard else "no",
+        "same": f"{seen}/{heard} {'yes' if seen == heard else 'no'}",
         "larger": max(seen, heard),
     }
     if task in answers:

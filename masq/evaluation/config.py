@@ -28,7 +28,7 @@ class EvaluationConfig:
     name: str = "full"
     samples_per_task: int | None = None
     batch_size: int = 20
-    max_new_tokens: int = 12
+    max_new_tokens: int = 16
     tasks: tuple[str, ...] | None = None
     source: str = "auto"
     split: Literal["evaluation", "final"] = "evaluation"
