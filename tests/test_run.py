@@ -19,6 +19,7 @@ from masq.config import RunConfig, decode
 from masq.errors import ConfigError, DataError
 from masq.models.base import Sample
 from masq.models.zoo import nano
+from masq.plan import plan
 from masq.report.record import RunRecord, comparable, read_record
 from masq.run import run
 
@@ -159,6 +160,23 @@ def test_identity_follows_the_weights(splits: dict[str, Path], tmp_path: Path, m
     assert other.identity != base.identity
     assert other.provenance["data"]["model"] == "other weights"
     assert len(list(tmp_path.glob("artifacts/factors-*"))) == 2
+
+
+def test_overrides_end_to_end(splits: dict[str, Path], tmp_path: Path) -> None:
+    """The record counts what the plan promised, and a block left in float is as good as the float model."""
+    cell = plain(splits, tmp_path, "awq")
+    sizes = {"hidden_size": 48, "num_layers": 3, "num_heads": 6, "num_kv_heads": 2, "intermediate_size": 88}
+    cell["model"]["architecture"] = {**sizes, "vocab_size": 277, "tower_parameters": 0, "tied_embeddings": False}
+    cell["method"]["smoothing"]["groups"] = ["qkv", "output", "gate_up"]
+    cell["scheme"] |= {
+        "name": "mixed",
+        "overrides": [{"blocks": [-1], "skip": True}, {"roles": ["down"], "weight_bits": 8}],
+    }
+    record = run(decode(cell))
+    assert record.effective_bits["total"] == pytest.approx(plan(decode(cell)).effective_bits)
+    assert "search" not in record.blocks[2]
+    assert set(record.blocks[1]["search"]) == {"qkv", "output", "gate_up"}
+    assert run(decode(cell)).to_dict() == record.to_dict()
 
 
 def test_starts_from_its_own_config_yaml(splits: dict[str, Path], tmp_path: Path) -> None:

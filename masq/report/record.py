@@ -63,7 +63,8 @@ class RunRecord:
         peak_memory_bytes: largest resident memory (and, on a GPU, the largest allocation) of the process.
         warnings: typed fallbacks, one sentence each; tables show them.
         blocks: per decoder block: ``index``, SQNR on calibration tokens of one batch per mix of modalities, losses,
-            captured error, and what a rounding stage gained or could not do.
+            captured error, what a rounding stage gained or could not do (``rounding``, by linear), and what a search of
+            smoothing found (``search``, by group: exponent, error relative to none) and weighted by (``sensitivity``).
         failure: null, or ``kind`` and ``message`` of the error that ended the run.
         schema_version: version of this schema.
     """
