@@ -70,9 +70,13 @@ def build(dtype: torch.dtype) -> tuple[nn.Module, nn.ModuleDict, nn.ModuleDict]:
 class Alignment:
     """Model, adapters, towers and the two optimiser groups."""
 
-    def __init__(self, folder: Path, steps: int) -> None:
-        """Build, or resume from the last checkpoint; without one, take the towers of the warm-up."""
+    def __init__(self, folder: Path, steps: int, second: bool = False) -> None:
+        """Build, or resume from the last checkpoint; without one, take the towers of the warm-up.
+
+        The ``second`` alignment goes on from the end of the first, with polished towers.
+        """
         self.folder, self.steps, self.step = folder, steps, 0
+        self.begin = C.ALIGN_STEPS if second else 0
         self.dtype = architecture.compute_dtype()
         self.model, self.adapters, self.towers = build(self.dtype)
         self.core = self.model.model
@@ -104,9 +108,11 @@ class Alignment:
             self.adapters.load_state_dict({k[9:]: v for k, v in state.items() if k[:9] == "adapters."}, strict=False)
             self.towers.load_state_dict({k[7:]: v for k, v in state.items() if k[:7] == "towers."})
             log.info("resumed at step %d", self.step)
-            return
+            if self.step > self.begin or not self.begin:
+                return
+        kind = "polish" if self.begin else "warm"
         for name, target in (("vision", "visual"), ("audio", "audio_tower")):
-            state = load_file(self.folder / f"warm_{name}.safetensors")
+            state = load_file(self.folder / f"{kind}_{name}.safetensors")
             self.towers[target].load_state_dict({k[6:]: v for k, v in state.items() if k[:6] == "tower."})
 
     def save(self) -> None:
@@ -190,8 +196,9 @@ class Alignment:
 
     def rate(self, first: int, since: int) -> float:
         """Share of the peak rate: a rise after ``since`` or a resume, constant, then down over the last 45 percent."""
-        left = (self.steps - self.step) / self.steps
-        return max(0.0, min(1.0, (self.step - max(first, since) + 1) / 15)) * min(1.0, max(0.04, left / 0.45))
+        left = (self.steps - self.step) / (self.steps - self.begin)
+        peak = C.SECOND_RATE if self.begin else 1.0
+        return peak * max(0.0, min(1.0, (self.step - max(first, since) + 1) / 15)) * min(1.0, max(0.04, left / 0.45))
 
     def run(self, data: Scenes, check: Scenes) -> None:
         """Train to the last step."""
@@ -223,7 +230,8 @@ def main() -> None:
     """Command line: the working folder, the number of steps, threads."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("/tmp/train"))
-    parser.add_argument("--steps", type=int, default=C.ALIGN_STEPS)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--second", action="store_true", help="go on from the first alignment with polished towers")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
@@ -234,7 +242,8 @@ def main() -> None:
         "calibration", *(dict.fromkeys(p, C.CHECK) for p in (C.VISION_POOL, C.AUDIO_POOL)), dict.fromkeys(C.CLIPS, 3)
     )
     log.info("data ready")
-    Alignment(options.work, options.steps).run(data, check)
+    steps = options.steps or (C.SECOND_STEPS if options.second else C.ALIGN_STEPS)
+    Alignment(options.work, steps, options.second).run(data, check)
 
 
 if __name__ == "__main__":

@@ -201,6 +201,9 @@ WARM_STEPS = {"vision": 3800, "audio": 1500}
 # From these steps on, shares of every batch of pictures drawn from single kinds: letters are learned first, then the
 # words made of them, then handwriting, which has few scans.
 PRACTICE = {0: {}, 1400: {"word": 0.6}, 2600: {"word": 0.35, "hand": 0.35}}
+# After the first alignment the towers go on with their dense labels, and a second, short alignment follows.
+POLISH_STEPS = {"vision": 1300, "audio": 550}
+POLISH_RATE = {"vision": 7.0e-4, "audio": 8.0e-4}
 TEMPERATURE = 12.0
 REGRESSION = 4.0
 
@@ -208,6 +211,8 @@ REGRESSION = 4.0
 RANK = 16
 ADAPTED_FROM = 6
 ALIGN_STEPS = 640
+SECOND_STEPS = 784
+SECOND_RATE = 0.6
 TOWERS_FROM = 144
 RATE_ADAPTER = 7.0e-4
 RATE_TOWER = 1.5e-4

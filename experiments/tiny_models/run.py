@@ -27,6 +27,8 @@ def stages(work: Path, threads: int) -> list[list[list[str]]]:
     return [
         [[f"{PACKAGE}.warmup", "vision", *folder], [f"{PACKAGE}.warmup", "audio", *folder]],
         [[f"{PACKAGE}.align", *folder, "--threads", str(threads)]],
+        [[f"{PACKAGE}.warmup", name, "--polish", *folder] for name in ("vision", "audio")],
+        [[f"{PACKAGE}.align", "--second", *folder, "--threads", str(threads)]],
         [[f"{PACKAGE}.export", *folder]],
         [["masq", "run", *float_run]],
         [[f"{PACKAGE}.card", str(work / "float")]],

@@ -47,22 +47,30 @@ def practice(step: int) -> dict[str, float]:
     return next(shares for first, shares in reversed(C.PRACTICE.items()) if step >= first)
 
 
+def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
 class Warmup:
     """One tower, its auxiliary head, its pools and its optimiser."""
 
-    def __init__(self, name: str, folder: Path, steps: int) -> None:
-        """Build or resume."""
-        self.name, self.file, self.steps = name, folder / f"warm_{name}.safetensors", steps
+    def __init__(self, name: str, folder: Path, steps: int, polish: bool = False) -> None:
+        """Build or resume; to ``polish`` is to go on with the towers of the first alignment."""
+        self.name, self.steps, self.polish = name, steps, polish
+        self.file = folder / f"{'polish' if polish else 'warm'}_{name}.safetensors"
+        self.peak = (C.POLISH_RATE if polish else C.WARM_RATE)[name]
         made = architecture.towers((name,))
         self.tower = next(iter(made.values()))
         classes = len(pools.LETTERS) if name == "vision" else len(pools.CLASSES)
         self.head = nn.Linear(C.WIDTH_TOWER, classes)
         self.modules = nn.ModuleDict({"tower": self.tower, "head": self.head})
         self.table = class_embeddings()
-        self.optimizer = torch.optim.AdamW(
-            self.modules.parameters(), lr=C.WARM_RATE[name], weight_decay=0.02, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(self.modules.parameters(), lr=self.peak, weight_decay=0.02, fused=True)
         self.step = 0
+        if polish and not self.file.exists():
+            self.head.load_state_dict(_part(load_file(folder / f"warm_{name}.safetensors"), "head."))
+            target = {"vision": "towers.visual.", "audio": "towers.audio_tower."}[name]
+            self.tower.load_state_dict(_part(load_file(folder / "align.safetensors"), target))
         if self.file.exists():
             state = load_file(self.file)
             self.step = int(state.pop("step"))
@@ -132,7 +140,7 @@ class Warmup:
         rows, filled = order[at : at + width].clone(), 0
         if self.name == "vision":
             rng, edges = pools.stream("practice", self.step), np.cumsum([0, *C.VISION_POOL.values()])
-            for kind, share in practice(self.step).items():
+            for kind, share in practice(self.step if not self.polish else max(C.PRACTICE)).items():
                 number, count = list(C.VISION_POOL).index(kind), round(share * width)
                 rows[filled : filled + count] = torch.from_numpy(rng.integers(*edges[number : number + 2], count))
                 filled += count
@@ -145,7 +153,7 @@ class Warmup:
             rows = self.rows()
             # The schedule follows the step alone; only the rise is repeated after a resume, for the new moments.
             decay = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
-            rate = C.WARM_RATE[self.name] * min(1.0, (self.step - first + 1) / 50) * decay
+            rate = self.peak * min(1.0, (self.step - first + 1) / 50) * decay
             for group in self.optimizer.param_groups:
                 group["lr"] = rate + 1e-5
             loss, found = self.loss(self.train, rows)
@@ -184,12 +192,14 @@ def main() -> None:
     parser.add_argument("tower", choices=["vision", "audio"])
     parser.add_argument("--work", type=Path, default=Path("/tmp/train"))
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--polish", action="store_true", help="go on with the towers of the first alignment")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
-    job = Warmup(options.tower, options.work, options.steps or C.WARM_STEPS[options.tower])
+    steps = options.steps or (C.POLISH_STEPS if options.polish else C.WARM_STEPS)[options.tower]
+    job = Warmup(options.tower, options.work, steps, options.polish)
     job.load_pools()
     job.run()
 
