@@ -20,12 +20,14 @@ DEMO_ROOT := runs/demo
 RECORDS ?= $(wildcard $(addsuffix .json,$(addprefix results/records/smol_omni-tri-,float-none \
 	$(foreach scheme,w8a8 w4a8 w4a6 w4a4,$(foreach method,$(RESULTS_METHODS),$(scheme)-$(method))))))
 
-# The committed tables: half of the evaluation split; 132 calibration samples in all (the paper takes 128); SQNR, NLL and
-# KL on 20 samples per task. All methods at w4a6; the two baselines at every width; the dual model at w4a6.
+# The committed tables: 120 samples of each task of the evaluation split; 132 calibration samples in all (the paper takes
+# 128); SQNR, NLL and KL on 12 samples per task. All methods at w4a6; the two baselines at every width; the dual model at w4a6.
 RESULTS_ROOT := runs/results
 SHORT := read,table,speech.wer,same,ask,tale,choice,sqnr,nll,bits
 RESULTS_METHODS := none rtn smoothquant mas masquant masquant_gauged qera
-RESULTS_SIZES := evaluation.samples_per_task=200 evaluation.fidelity_samples_per_task=20 evaluation.batch_size=40
+RESULTS_SAMPLES := 120
+RESULTS_SIZES := evaluation.samples_per_task=$(RESULTS_SAMPLES) evaluation.fidelity_samples_per_task=12 \
+	evaluation.batch_size=40
 TEST_ARGS ?=
 TABLE_ARGS ?=
 

@@ -17,6 +17,8 @@ from masq.report.record import RunRecord, read_record
 
 SCHEMES = ("w8a8", "w4a8", "w4a6", "w4a4")
 METHODS = ("rtn", "smoothquant")
+PREFIXES = {"smol_omni": "smol_omni-tri", "smol_vl": "smol_vl-dual"}
+"""Beginning of the names of run records, by model."""
 MAIN = {"speech": "wer", "manual": "perplexity", "tale": "perplexity", "choice": "acc_norm"}
 
 
@@ -146,8 +148,7 @@ def main() -> None:
     parser.add_argument("--records", type=Path, default=Path("results/records"))
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    known = {"smol_omni": "smol_omni-tri", "smol_vl": "smol_vl-dual"}
-    models = {m: p for m, p in known.items() if (options.records / f"{p}-float-none.json").exists()}
+    models = {m: p for m, p in PREFIXES.items() if (options.records / f"{p}-float-none.json").exists()}
     options.output.write_text(report(options.records, models))
 
 
