@@ -28,6 +28,10 @@ RESULTS_METHODS := none rtn smoothquant mas masquant masquant_gauged qera
 RESULTS_SAMPLES := 120
 RESULTS_SIZES := evaluation.samples_per_task=$(RESULTS_SAMPLES) evaluation.fidelity_samples_per_task=12 \
 	evaluation.batch_size=40
+TOOLS := espeak-ng bible-kjv bible-kjv-text python3.11-doc fonts-dejavu-core fonts-dejavu-extra fonts-liberation \
+	fonts-freefont-ttf fonts-lato fonts-open-sans fonts-crosextra-carlito fonts-crosextra-caladea fonts-roboto-unhinted \
+	fonts-roboto-slab fonts-cantarell fonts-cabin fonts-urw-base35 fonts-texgyre fonts-ebgaramond fonts-linuxlibertine \
+	fonts-hack fonts-inconsolata fonts-firacode fonts-comfortaa fonts-quicksand fonts-sil-gentium fonts-sil-charis
 TEST_ARGS ?=
 TABLE_ARGS ?=
 
@@ -39,7 +43,7 @@ space := $(empty) $(empty)
 export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
 
-.PHONY: help setup demo test check table results collect models clean
+.PHONY: help setup demo test check table results collect tools models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 16
@@ -109,6 +113,9 @@ collect: $(STAMP)  ## copy finished records of runs/results into results/ and wr
 	@$(MAKE) --no-print-directory table TABLE_ARGS="--output results/tables/smol_omni.md"
 	@$(MAKE) --no-print-directory table TABLE_ARGS="--columns $(SHORT) --output results/tables/smol_omni_short.md"
 	@$(PYTHON) -m experiments.misalignment.report --output results/tables/discrimination.md
+
+tools:  ## what `make models` needs besides Python, on Debian 12: speech, fonts, texts (as root)
+	@apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(TOOLS)
 
 models: $(STAMP)  ## train the embedded model and make its data again (two hours; see experiments/tiny_models)
 	@$(PYTHON) -m experiments.tiny_models.run

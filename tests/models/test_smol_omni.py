@@ -20,7 +20,7 @@ GENERATED = ("read", "digits", "sum", "table", "speech", "same", "larger", "ask"
 TEXT = ("manual", "tale", "choice")
 PER_TASK = 6
 # How many of the first PER_TASK evaluation samples the shipped weights answer exactly.
-RIGHT = dict.fromkeys(GENERATED, 6)
+RIGHT = dict.fromkeys(GENERATED, 6) | {"read": 4, "same": 5}
 
 
 @pytest.fixture(scope="module")
