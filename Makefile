@@ -23,7 +23,7 @@ RECORDS ?= $(wildcard $(addsuffix .json,$(addprefix results/records/smol_omni-tr
 # The committed tables: 120 samples of each task of the evaluation split; 132 calibration samples in all (the paper takes
 # 128); SQNR, NLL and KL on 12 samples per task. All methods at w4a6; the two baselines at every width; the dual model at w4a6.
 RESULTS_ROOT := runs/results
-SHORT := read,table,speech.wer,same,ask,tale,choice,sqnr,nll,bits
+SHORT := read,table,speech.wer,same,ask,tale,choice.acc_norm,sqnr,nll,bits
 RESULTS_METHODS := none rtn smoothquant mas masquant masquant_gauged qera
 RESULTS_SAMPLES := 120
 RESULTS_SIZES := evaluation.samples_per_task=$(RESULTS_SAMPLES) evaluation.fidelity_samples_per_task=12 \
