@@ -26,6 +26,7 @@ RESULTS_ROOT := runs/results
 SHORT := read,table,speech.wer,same,ask,tale,choice.acc_norm,sqnr,nll,bits
 RESULTS_METHODS := none rtn smoothquant mas masquant masquant_gauged qera
 RESULTS_SAMPLES := 120
+SUBSET_SAMPLES := 6
 RESULTS_SIZES := evaluation.samples_per_task=$(RESULTS_SAMPLES) evaluation.fidelity_samples_per_task=12 \
 	evaluation.batch_size=40
 TOOLS := espeak-ng bible-kjv bible-kjv-text python3.11-doc fonts-dejavu-core fonts-dejavu-extra fonts-liberation \
@@ -43,7 +44,7 @@ space := $(empty) $(empty)
 export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
 
-.PHONY: help setup demo test check table results collect tools models clean
+.PHONY: help setup demo test check table results subset collect tools models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 16
@@ -92,7 +93,7 @@ check: $(STAMP)  ## ruff, pyright, import contracts, and every configuration com
 table: $(STAMP)  ## the table of the committed records, or of RECORDS="..."
 	@$(BIN)/masq table $(RECORDS) $(TABLE_ARGS)
 
-results: $(STAMP)  ## run the committed cells again and replace results/ (an hour and a half on two cores)
+results: $(STAMP)  ## run all cells of the tables again and replace results/ (hours)
 	@$(BIN)/masq run -m scheme=w4a6 method=$(subst $(space),$(comma),$(RESULTS_METHODS)) $(RESULTS_SIZES) \
 		output.root=$(RESULTS_ROOT)
 	@$(BIN)/masq run -m scheme=w8a8,w4a8,w4a4 method=rtn,smoothquant $(RESULTS_SIZES) output.root=$(RESULTS_ROOT)
@@ -102,7 +103,13 @@ results: $(STAMP)  ## run the committed cells again and replace results/ (an hou
 		--output $(RESULTS_ROOT)/misalignment-smol_omni.json
 	@$(PYTHON) -m experiments.misalignment.measure --model smol_vl --modality dual \
 		--output $(RESULTS_ROOT)/misalignment-smol_vl.json
-	@$(MAKE) --no-print-directory collect
+	@$(MAKE) --no-print-directory subset collect
+
+subset: $(STAMP)  ## the float scores that tests/test_results.py expects of the shipped weights
+	@mkdir -p results/subset
+	@$(BIN)/masq run modality=tri scheme=w16a16 method=none evaluation.name=subset \
+		evaluation.samples_per_task=$(SUBSET_SAMPLES) evaluation.fidelity_samples_per_task=1 output.root=runs/subset
+	@cp runs/subset/*/record.json results/subset/smol_omni-tri-float-none.json
 
 collect: $(STAMP)  ## copy finished records of runs/results into results/ and write tables and report
 	@mkdir -p results/records results/tables
@@ -117,7 +124,7 @@ collect: $(STAMP)  ## copy finished records of runs/results into results/ and wr
 tools:  ## what `make models` needs besides Python, on Debian 12: speech, fonts, texts (as root)
 	@apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(TOOLS)
 
-models: $(STAMP)  ## train the embedded model and make its data again (two hours; see experiments/tiny_models)
+models: $(STAMP)  ## train the embedded model and make its data again (hours; see experiments/tiny_models)
 	@$(PYTHON) -m experiments.tiny_models.run
 
 clean:  ## remove caches and builds; .venv and runs stay

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from masq.models.zoo import nano
 from masq.modules.modality import ModalityContext, install
 from masq.numerics.scheme import Scheme
 from masq.pipeline.assembly import Stages
+from masq.pipeline.store import BlockStore
 from masq.rounding.config import NearestRounding
 from masq.transforms.config import LearnedModalitySmoothing, NoSmoothing, SharedSmoothing
 
@@ -28,6 +30,25 @@ METHODS: dict[str, dict[str, Any]] = {
     "masquant": {"smoothing": LearnedModalitySmoothing(), "compensation": WhitenedLowRank(rank_ratio=0.1)},
     "qera": {"smoothing": SharedSmoothing(source="text"), "compensation": WhitenedLowRank(rank_ratio=0.1)},
 }
+
+
+class KilledError(RuntimeError):
+    """What ends a run in ``killed_after``."""
+
+
+@contextmanager
+def killed_after(num_saves: int) -> Iterator[None]:
+    """Let a walk save ``num_saves`` blocks, then end it; a walk that saves no more fails the test."""
+    left, real = iter(range(num_saves)), BlockStore.save
+
+    def crashing(self: BlockStore, *args: Any) -> None:
+        if next(left, None) is None:
+            raise KilledError
+        real(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(BlockStore, "save", crashing)
+        yield
 
 
 def stages(method: str, scheme: str | Scheme = "w4a6", **changes: Any) -> Stages:

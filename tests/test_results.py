@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from experiments.misalignment.report import PREFIXES, report
+from masq.config import decode
 from masq.files import read_json
 from masq.report.record import RunRecord, read_record
 from masq.report.table import table
+from masq.run import run
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -86,6 +88,18 @@ def test_the_readme_repeats_the_short_table() -> None:
     readme = (ROOT / "README.md").read_text().splitlines()
     assert rows
     assert [line for line in readme if line in rows] == rows
+
+
+def test_the_shipped_weights_give_the_scores_of_the_record(tmp_path: Path) -> None:
+    """On a fixed subset of the evaluation split, run anew."""
+    record = read_record(RESULTS / "subset" / "smol_omni-tri-float-none.json")
+    found = run(decode({**record.config, "output": {"root": str(tmp_path)}, "threads": None}))
+    assert found.status == "finished"
+    for task, metrics in record.scores.items():
+        for name, entry in metrics.items():
+            again = found.scores[task][name]
+            assert again["n"] == entry["n"] == int(variable("SUBSET_SAMPLES")[0])
+            assert again["value"] == pytest.approx(entry["value"], rel=1e-3), (task, name)
 
 
 def test_the_float_model_does_its_tasks_and_none_is_too_easy() -> None:

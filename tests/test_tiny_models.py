@@ -16,7 +16,7 @@ from experiments.tiny_models import constants as C
 
 pytest.importorskip("sklearn", reason="the recipe wants scikit-learn")
 
-from experiments.tiny_models import align, card, dataset, export, prompts, tasks, warmup  # noqa: E402
+from experiments.tiny_models import align, card, dataset, export, prompts, run, tasks, warmup  # noqa: E402
 from masq.models.zoo import smol_omni  # noqa: E402
 
 TOOLS = [
@@ -140,6 +140,7 @@ def test_every_stage_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
         "CHECK": 170,
         "ROUND": ("table", "words", "numbers", "ask", "speech", "prose"),
         "TOWERS_FROM": 2,
+        "ALIGN_STEPS": 7,
         "MANUAL": {
             "train": ["tutorial/appetite*"],
             "calibration": ["tutorial/inputoutput*"],
@@ -161,6 +162,20 @@ def test_every_stage_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
         job = align.Alignment(tmp_path, steps)
         assert job.step == (0 if steps == 3 else 3)
         job.run(data, data)
+    for tower in ("vision", "audio"):
+        polished = warmup.Warmup(tower, tmp_path, 1, polish=True)
+        aligned = load_file(tmp_path / "align.safetensors")
+        start = {f"towers.{job_name(tower)}.{name}": value for name, value in polished.tower.state_dict().items()}
+        assert all(torch.equal(value, aligned[name]) for name, value in start.items())
+        polished.load_pools()
+        polished.run()
+    for steps in (8, 9):
+        job = align.Alignment(tmp_path, steps, second=True)
+        assert job.step == steps - 1
+        wanted = load_file(tmp_path / ("polish_vision.safetensors" if steps == 8 else "align.safetensors"))
+        prefix = "tower." if steps == 8 else "towers.visual."
+        assert all(torch.equal(v, wanted[prefix + n]) for n, v in job.towers["visual"].state_dict().items())
+        job.run(data, data)
     assert "ask.sum" in job.score(data, 1)
     (tmp_path / "files").mkdir()
     tokenizer = smol_omni.build_tokenizer(smol_omni.language_file())
@@ -170,6 +185,10 @@ def test_every_stage_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
     shipped = load_file(smol_omni.FOLDER / smol_omni.WEIGHTS)
     assert {name: value.shape for name, value in weights.items()} == {n: v.shape for n, v in shipped.items()}
     assert any(value.abs().sum() > 0 for name, value in weights.items() if name.endswith(".up"))
+
+
+def job_name(tower: str) -> str:
+    return {"vision": "visual", "audio": "audio_tower"}[tower]
 
 
 def _check_data(folder: Path) -> None:
@@ -184,6 +203,18 @@ def _check_data(folder: Path) -> None:
     check_disjoint(samples["calibration"], samples["evaluation"])
     check_disjoint(samples["calibration"], samples["final"])
     check_disjoint(samples["evaluation"], samples["final"])
+
+
+def test_the_one_command_runs_every_stage_in_order() -> None:
+    done = [
+        " ".join(one).replace("experiments.tiny_models.", "")
+        for together in run.stages(Path("w"), 2)
+        for one in together
+    ]
+    begins = ("warmup vision", "warmup audio", "align --work", "warmup vision --polish", "warmup audio --polish",
+              "align --second", "export", "masq run", "card")  # fmt: skip
+    assert len(done) == len(begins)
+    assert all(one.startswith(start) for one, start in zip(done, begins, strict=True))
 
 
 def test_shipped_files_are_within_their_limits() -> None:

@@ -35,8 +35,10 @@ def weights(work: Path) -> dict[str, torch.Tensor]:
 
 
 def write_checksums(folder: Path) -> None:
-    """List the SHA-256 of every shipped file."""
+    """List the SHA-256 of every shipped file, once all of them are there."""
     names = (smol_omni.WEIGHTS, smol_omni.CONFIG, *(f"{split}.parquet" for split in smol_omni.SPLITS))
+    if not all((folder / name).exists() for name in names):
+        return
     lines = [f"{hashlib.sha256((folder / n).read_bytes()).hexdigest()}  {n}\n" for n in names]
     (folder / smol_omni.CHECKSUMS).write_text("".join(lines))
     for name in names:

@@ -38,7 +38,6 @@ TASKS.register("table", TaskKind("generate", ("exact_match",)))
 TASKS.register("speech", TaskKind("generate", ("exact_match", "wer")))
 # Both: whether two words are the same; which of two numbers is larger; a spoken question about the picture.
 TASKS.register("same", TaskKind("generate", ("exact_match",)))
-TASKS.register("joint", TaskKind("generate", ("exact_match",)))
 TASKS.register("larger", TaskKind("generate", ("exact_match",)))
 TASKS.register("ask", TaskKind("generate", ("exact_match",)))
 # Text: passages, and contexts with several ways to go on.

@@ -11,7 +11,7 @@ from masq.models.base import ModelAdapter, Sample
 from masq.models.qwen2_5_omni import Qwen25OmniAdapter
 from masq.models.zoo import nano
 
-KINDS = {"digits": ("vision",), "speech": ("audio",), "joint": ("vision", "audio")}
+KINDS = {"digits": ("vision",), "speech": ("audio",), "same": ("vision", "audio")}
 
 
 def make_samples(num: int = 3) -> list[Sample]:

@@ -43,7 +43,7 @@ def test_perplexity_is_that_of_a_plain_loop(adapter: ModelAdapter, samples: list
 
 
 def test_answer_nll_of_a_padded_batch(adapter: ModelAdapter, samples: list[Sample]) -> None:
-    for task in ("digits", "speech", "joint"):
+    for task in ("digits", "speech", "same"):
         chosen = [sample for sample in samples if sample.task == task]
         sums, counts = answer_nll(adapter, adapter.encode(chosen, with_answer=True))
         expected = [naive_nll(adapter, sample) for sample in chosen]
@@ -67,17 +67,17 @@ def test_scores_and_health_of_every_task(adapter: ModelAdapter, samples: list[Sa
     assert metrics == {
         "digits": ["exact_match"],
         "speech": ["exact_match", "wer"],
-        "joint": ["exact_match"],
+        "same": ["exact_match"],
         "prose": ["perplexity"],
     }
-    assert list(result.health) == ["digits", "speech", "joint"]
+    assert list(result.health) == ["digits", "speech", "same"]
     assert all(counts["n"] == 3 for counts in result.health.values())
     assert seen == [("answers", done, 6) for done in range(7)] + [
         *(("likelihood", done, 2) for done in range(3)),
         ("choices", 0, 0),
     ]
     names = sorted(path.name for path in (tmp_path / "answers").iterdir())
-    assert names == [f"{task}-{number:04d}.json" for task in ("digits", "joint", "speech") for number in range(2)]
+    assert names == [f"{task}-{number:04d}.json" for task in ("digits", "same", "speech") for number in range(2)]
 
 
 def test_choices_are_judged_as_if_each_were_alone(adapter: ModelAdapter, choices: list[Sample], tmp_path: Path) -> None:

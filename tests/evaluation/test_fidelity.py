@@ -20,7 +20,7 @@ from masq.numerics.affine import quantize
 from masq.numerics.scheme import Scheme
 
 Make = Callable[..., ModelAdapter]
-KINDS = {"digits": "vision", "speech": "audio", "joint": "joint", "prose": "text"}
+KINDS = {"digits": "vision", "speech": "audio", "same": "joint", "prose": "text"}
 NAMES = {0: "text", 1: "vision", 2: "audio"}
 
 

@@ -164,7 +164,7 @@ def test_every_task_names_known_metrics() -> None:
 
 def test_tasks_of_the_embedded_data() -> None:
     new = {"read", "digits", "sum", "table", "speech", "same", "larger", "ask", "manual", "tale", "choice"}
-    assert set(TASKS.names()) == new | {"joint", "prose"}
+    assert set(TASKS.names()) == new | {"prose"}
     assert TASKS.get("speech").metrics == ("exact_match", "wer")
     assert TASKS.get("choice").metrics == ("acc_norm", "acc")
     assert TASKS.get("table").metrics == ("exact_match",)

@@ -18,9 +18,6 @@ from masq.models.zoo import smol_omni
 
 GENERATED = ("read", "digits", "sum", "table", "speech", "same", "larger", "ask")
 TEXT = ("manual", "tale", "choice")
-PER_TASK = 6
-# How many of the first PER_TASK evaluation samples the shipped weights answer exactly.
-RIGHT = dict.fromkeys(GENERATED, 6) | {"read": 4, "same": 5}
 
 
 @pytest.fixture(scope="module")
@@ -139,18 +136,6 @@ def test_tokenizer_round_trip(processor):
     text = "<|im_start|>user\nIt's 47 naïve cafés.<|im_end|>\n"
     assert processor.tokenizer.decode(processor.tokenizer(text).input_ids) == text
     assert processor.tokenizer.image_token_id == 3
-
-
-@pytest.mark.parametrize("task", GENERATED)
-def test_answers_are_mostly_right(processor, model, rows, task):
-    """On the first samples of every task; the scores on all of them are those of the committed float record."""
-    right = 0
-    for row in [r for r in rows["evaluation"] if r["task"] == task][:PER_TASK]:
-        inputs = _inputs(processor, row)
-        output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
-        text = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += text.strip() == row["answer"]
-    assert right == RIGHT[task]
 
 
 def test_missing_package_names_the_remedy(monkeypatch):

@@ -110,7 +110,7 @@ def test_query_key_and_value_are_fused_in_this_order() -> None:
 def test_weights_that_do_not_fit_are_named(omni: ModelAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smol_omni, "build_model", lambda *_: omni.model)
     monkeypatch.setattr(smol_vl, "convert_state", lambda _state: {"strange": torch.zeros(1)})
-    with pytest.raises(ModelError, match=r"must fit smol_vl.*unexpected \['strange'\]"):
+    with pytest.raises(ModelError, match=r"must fit Qwen2_5_VLFor.*unexpected \['strange'\]"):
         smol_vl.build_model()
 
 

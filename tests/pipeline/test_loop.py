@@ -26,7 +26,7 @@ from masq.transforms.config import (
     SharedSmoothing,
 )
 from masq.transforms.stages import SmoothingPlan, apply_folds, fit_shared
-from tests.nano_fixtures import METHODS, Nano, make_nano, nano_model, stages  # noqa: F401
+from tests.nano_fixtures import METHODS, Nano, killed_after, make_nano, nano_model, stages  # noqa: F401
 
 FAST = {"smoothing": LearnedModalitySmoothing(epochs=1)}
 
@@ -189,30 +189,15 @@ def test_mas_and_masquant_share_factors(tmp_path: Path) -> None:
     torch.testing.assert_close(layer.inverse_smoothing[1].reciprocal().log(), stored[0]["qkv.vision"])
 
 
-class KilledError(RuntimeError):
-    """Stands for a crash."""
-
-
 # smoothquant saves three blocks; masquant the factors of three blocks, then the blocks.
 @pytest.mark.parametrize(
     ("method", "after"), [("smoothquant", 1), ("smoothquant", 2), *(("masquant", n) for n in (1, 2, 4, 5))]
 )
-def test_resume_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, after: int) -> None:
+def test_resume_is_bit_identical(tmp_path: Path, method: str, after: int) -> None:
     undisturbed = make_nano()
     expected = quantize(undisturbed, tmp_path / "a", method)
-    saves = []
-    real = BlockStore.save
-
-    def crashing(self: BlockStore, *args) -> None:
-        if len(saves) == after:
-            raise KilledError
-        saves.append(args[0])
-        real(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BlockStore, "save", crashing)
-        with pytest.raises(KilledError):
-            quantize(make_nano(), tmp_path / "b", method)
+    with killed_after(after):
+        quantize(make_nano(), tmp_path / "b", method)
     resumed = make_nano()
     report = quantize(resumed, tmp_path / "b", method)
     assert same(state(resumed), state(undisturbed))

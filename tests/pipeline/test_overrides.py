@@ -26,7 +26,7 @@ from masq.transforms.config import (
     MbqSmoothing,
     SharedSmoothing,
 )
-from tests.nano_fixtures import Nano, make_nano, stages
+from tests.nano_fixtures import Nano, killed_after, make_nano, stages
 
 MIXED = Scheme(
     "mixed",
@@ -89,22 +89,11 @@ def test_every_linear_gets_what_it_was_given(tmp_path: Path, method: str) -> Non
 
 @pytest.mark.parametrize("method", ["smoothquant", "awq", "masquant", "masquant_linear"])
 @pytest.mark.parametrize("after", [1, 2])
-def test_resume_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, after: int) -> None:
+def test_resume_is_bit_identical(tmp_path: Path, method: str, after: int) -> None:
     undisturbed, resumed = make_nano(num_samples=2), make_nano(num_samples=2)
     expected = quantize(undisturbed, tmp_path / "a", **SLOTS[method])
-    saves: list[int] = []
-    real = BlockStore.save
-
-    def crashing(self: BlockStore, *args: Any) -> None:
-        if len(saves) == after + 3 * SLOTS[method]["smoothing"].kind.endswith("learned"):
-            raise RuntimeError("killed")
-        saves.append(args[0])
-        real(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BlockStore, "save", crashing)
-        with pytest.raises(RuntimeError, match="killed"):
-            quantize(make_nano(num_samples=2), tmp_path / "b", **SLOTS[method])
+    with killed_after(after + 3 * SLOTS[method]["smoothing"].kind.endswith("learned")):
+        quantize(make_nano(num_samples=2), tmp_path / "b", **SLOTS[method])
     report = quantize(resumed, tmp_path / "b", **SLOTS[method])
     assert same(state(resumed), state(undisturbed))
     assert report.blocks == expected.blocks

@@ -18,7 +18,7 @@ from masq.pipeline.loop import QuantizationReport
 from masq.pipeline.store import BlockStore, block_tensors
 from masq.rounding.config import GptqRounding
 from masq.transforms.config import AwqSmoothing, HadamardRotation, MbqSmoothing
-from tests.nano_fixtures import Nano, make_nano, stages
+from tests.nano_fixtures import Nano, killed_after, make_nano, stages
 
 W3A16 = Scheme("w3a16", TensorFormat(3, symmetric=False, granularity="per_group", group_size=8), None)
 SCHEMES: dict[str, str | Scheme] = {"w4a6": "w4a6", "w3a16": W3A16}
@@ -97,19 +97,8 @@ def test_resume_is_bit_identical(
 ) -> None:
     undisturbed = make_nano()
     expected = quantize(undisturbed, tmp_path / "a", smoothing=smoothing)
-    saves: list[int] = []
-    real = BlockStore.save
-
-    def crashing(self: BlockStore, *args: Any) -> None:
-        if len(saves) == after:
-            raise RuntimeError("killed")
-        saves.append(args[0])
-        real(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BlockStore, "save", crashing)
-        with pytest.raises(RuntimeError, match="killed"):
-            quantize(make_nano(), tmp_path / "b", smoothing=smoothing)
+    with killed_after(after):
+        quantize(make_nano(), tmp_path / "b", smoothing=smoothing)
     resumed = make_nano()
     calls: list[object] = []
     real_sums = loop.gradient_sums

@@ -121,21 +121,36 @@ def assemble(
     config = Qwen2_5OmniThinkerConfig(**json.loads(_checked(CONFIG).read_text()))
     with no_init_weights():
         model = Qwen2_5OmniThinkerForConditionalGeneration(config)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    absent = [name for name in missing if name != "lm_head.weight"]
-    if absent or unexpected:
-        raise ModelError(
-            "the weights of smol_omni must fit its configuration",
-            value=f"absent {absent[:3]}, unexpected {unexpected[:3]}",
-            remedy="restore masq/models/zoo/smol_omni_files from one release",
-        )
-    model.tie_weights()
+    fill(model, state, remedy="restore masq/models/zoo/smol_omni_files from one release")
     text = config.get_text_config()
     model.generation_config = GenerationConfig(
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id, do_sample=False
     )
     torch.nn.Module.to(model, device=device, dtype=dtype)
     return model.eval()
+
+
+def fill(model: Any, state: dict[str, torch.Tensor], *, remedy: str, assign: bool = False) -> None:
+    """Load a complete state dict and tie the head, which is no part of it, to the embedding.
+
+    Args:
+        model: of transformers.
+        state: every weight but the head's.
+        remedy: what to do when they do not fit.
+        assign: take the tensors over instead of copying them.
+
+    Raises:
+        ModelError: a weight is absent, or there is one that the model does not have.
+    """
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=assign)
+    absent = [name for name in missing if name != "lm_head.weight"]
+    if absent or unexpected:
+        raise ModelError(
+            f"the weights of smol_omni must fit {type(model).__name__}",
+            value=f"absent {absent[:3]}, unexpected {unexpected[:3]}",
+            remedy=remedy,
+        )
+    model.tie_weights()
 
 
 def build_processor() -> Qwen2_5OmniProcessor:

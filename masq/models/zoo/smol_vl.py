@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from masq.errors import ModelError
 from masq.models.zoo import smol_omni
 
 if TYPE_CHECKING:
@@ -37,15 +36,7 @@ def build_model(
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**convert_config(omni.config)))
     # The tensors are taken over, not copied: the language model exists once. The tied head is no part of the state.
     state = {name: value for name, value in convert_state(omni.state_dict()).items() if name != "lm_head.weight"}
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    absent = [name for name in missing if name != "lm_head.weight"]
-    if absent or unexpected:
-        raise ModelError(
-            "the weights of smol_omni must fit smol_vl",
-            value=f"absent {absent[:3]}, unexpected {unexpected[:3]}",
-            remedy="install the version of transformers in .ci/constraints.txt",
-        )
-    model.tie_weights()
+    smol_omni.fill(model, state, remedy="install the version of transformers in .ci/constraints.txt", assign=True)
     model.generation_config = omni.generation_config
     torch.nn.Module.to(model, device=device, dtype=dtype)
     return model.eval()
