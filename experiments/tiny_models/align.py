@@ -16,7 +16,7 @@ from torch import nn
 
 from masq.models.zoo import smol_omni
 
-from . import architecture, pools, prompts, prose
+from . import architecture, logs, pools, prompts, prose
 from . import constants as C
 from .scenes import Scenes
 
@@ -234,8 +234,7 @@ def main() -> None:
     parser.add_argument("--second", action="store_true", help="go on from the first alignment with polished towers")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logs.start(options.work, "align_second" if options.second else "align")
     torch.set_num_threads(options.threads)
     data = Scenes("train", C.VISION_POOL, C.AUDIO_POOL, C.CLIPS)
     check = Scenes(

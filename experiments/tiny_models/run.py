@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from . import logs
+
 log = logging.getLogger(__name__)
 PACKAGE = "experiments.tiny_models"
 # Passive waiting and few returned pages: worth a factor of two on small shared machines, no effect on results.
@@ -41,8 +43,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/train"))
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-    options.work.mkdir(parents=True, exist_ok=True)
+    logs.start(options.work, "recipe")
     for together in stages(options.work, options.threads):
         started = time.time()
         commands = [[sys.executable, "-m", *one] for one in together]

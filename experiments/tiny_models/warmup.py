@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from . import architecture, pools
+from . import architecture, logs, pools
 from . import constants as C
 
 log = logging.getLogger(__name__)
@@ -194,10 +194,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--polish", action="store_true", help="go on with the towers of the first alignment")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logs.start(options.work, f"polish_{options.tower}" if options.polish else options.tower)
     torch.set_num_threads(1)
-    options.work.mkdir(parents=True, exist_ok=True)
     steps = options.steps or (C.POLISH_STEPS if options.polish else C.WARM_STEPS)[options.tower]
     job = Warmup(options.tower, options.work, steps, options.polish)
     job.load_pools()
