@@ -59,7 +59,7 @@ def audit(config: RunConfig) -> list[Finding]:
             _finding(f"method.{slot}.{name}", value, claims()["fields"][slot].get(values["kind"], {}).get(name))
             for name, value in _leaves(values)
         ]
-    names = ("samples_per_task", "tasks", "source", "seed")
+    names = ("samples_per_task", "samples", "mix", "tasks", "source", "seed", "chain")
     known = claims()["fields"]["calibration"]
     return found + [_finding(f"calibration.{name}", plain["calibration"][name], known.get(name)) for name in names]
 

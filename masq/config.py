@@ -197,9 +197,15 @@ def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
     So runs and learned factors from before these options keep their identity.
     """
     plain = to_dict(config)
-    for parent, key in ((plain["method"]["rounding"], "clip"), (plain["scheme"], "overrides")):
+    rounding, calibration = plain["method"]["rounding"], plain["calibration"]
+    later = ((rounding, "clip"), (plain["scheme"], "overrides"), (calibration, "samples"), (calibration, "mix"))
+    for parent, key in later:
         if not parent.get(key):
             parent.pop(key, None)
+    if calibration["chain"] == "quantized":
+        del calibration["chain"]
+    # Where things are kept changes no result.
+    del calibration["cache"]
     return plain
 
 

@@ -133,7 +133,7 @@ class _Workload:
         tokens = _TOKENS["real" if embedded_name(config.model.source) is None else "zoo"]
         samples = evaluation_tasks * (config.evaluation.samples_per_task or _SPLIT_SAMPLES)
         drawn = config.calibration.samples_per_task or _SPLIT_SAMPLES
-        calibration = 0 if config.method.is_float else calibration_tasks * drawn
+        calibration = 0 if config.method.is_float else config.calibration.samples or calibration_tasks * drawn
         return cls(evaluation_tasks, calibration * tokens, samples, samples * tokens, tokens, active[1:])
 
 

@@ -31,6 +31,7 @@ from masq.report.sinks import require_wandb, send_to_wandb
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from masq.calibration.cache import StatisticsCache
     from masq.models.base import ModelAdapter, Sample
     from masq.modules.modality import ModalityContext
     from masq.report.record import ScoreEntry
@@ -139,10 +140,19 @@ def _quantize(
 
     method = config.method
     assert not isinstance(method.rounding, NoRounding)
-    stages = Stages(method.smoothing, method.rounding, method.compensation, config.scheme, config.seed, method.rotation)
-    factors = Path(config.output.root) / "artifacts" / f"factors-{_factors_key(config, hashes)[:16]}"
+    stages = Stages(
+        method.smoothing,
+        method.rounding,
+        method.compensation,
+        config.scheme,
+        config.seed,
+        method.rotation,
+        config.calibration.chain,
+    )
+    shared = _Shared(config, hashes, record)
+    factors = BlockStore(shared.folder("factors", _factors_key(config, hashes)))
     if stages.learns:
-        _note_learning(record, factors, BlockStore(factors).has_all(len(adapter.blocks())))
+        shared.note("learned factors", factors.folder, factors.has_all(len(adapter.blocks())))
     encoded = [adapter.encode(batch, with_answer=True) for batch in batches(samples, config.calibration.batch_size)]
     report = quantize(
         adapter,
@@ -150,19 +160,63 @@ def _quantize(
         stages,
         context,
         blocks=BlockStore(folder / "blocks"),
-        factors=BlockStore(factors),
-        gradients=BlockStore(folder / "gradients"),
+        factors=factors,
+        gradients=BlockStore(shared.gradients(folder) if stages.sensitivity_floor else folder / "gradients"),
+        cache=shared.statistics() if stages.moments_on_float else None,
     )
     record.blocks = report.blocks
     record.warnings.extend(report.warnings)
     record.timings.update(report.seconds)
 
 
-def _note_learning(record: RunRecord, folder: Path, is_complete: bool) -> None:
-    """Warn if factors that other runs learned come from another program; note this one if it goes on learning."""
-    record.warnings.extend(differences(sessions(folder), record.provenance, "learned factors"))
-    if not is_complete:
-        add_session(folder, record.provenance)
+class _Shared:
+    """Folders under the output root whose content several runs share, each named by what it depends on."""
+
+    def __init__(self, config: RunConfig, hashes: dict[str, str], record: RunRecord) -> None:
+        self.config, self.hashes, self.record = config, hashes, record
+
+    def folder(self, kind: str, key: str) -> Path:
+        """``<root>/artifacts/<kind>-<key>``."""
+        return Path(self.config.output.root) / "artifacts" / f"{kind}-{key[:16]}"
+
+    def note(self, what: str, folder: Path, is_complete: bool) -> None:
+        """Warn if another program worked on it; note this one if it goes on."""
+        self.record.warnings.extend(differences(sessions(folder), self.record.provenance, what))
+        if not is_complete:
+            add_session(folder, self.record.provenance)
+
+    def gradients(self, own: Path) -> Path:
+        """Where gradients of the loss of the float model are kept: the rotation does not change that model."""
+        if not self.config.calibration.cache:
+            return own / "gradients"
+        folder = self.folder("gradients", canonical_hash(_seen_by_model(self.config, self.hashes)))
+        self.note("gradients", folder, False)
+        return folder
+
+    def statistics(self) -> StatisticsCache | None:
+        """Where statistics of the float chain are kept, if anywhere."""
+        from masq.calibration.cache import StatisticsCache
+
+        if not self.config.calibration.cache:
+            return None
+        rotation = to_dict(self.config)["method"]["rotation"]
+        signs = {} if rotation["kind"] == "none" else {"seed": self.config.seed}
+        key = {**_seen_by_model(self.config, self.hashes), "rotation": rotation, **signs}
+        folder = self.folder("statistics", canonical_hash(key))
+        self.note("statistics", folder, False)
+        return StatisticsCache(folder)
+
+
+def _seen_by_model(config: RunConfig, hashes: dict[str, str]) -> dict[str, Any]:
+    """What activations of the float model on the calibration set depend on."""
+    plain = to_hashed_dict(config)
+    return {
+        "model": {key: value for key, value in plain["model"].items() if key not in ("architecture", "source")},
+        "weights": hashes["model"],
+        "modalities": active_modalities(config),
+        "batch_size": config.calibration.batch_size,
+        "data": hashes["calibration"],
+    }
 
 
 def _fidelity(
@@ -191,7 +245,13 @@ def _data(config: RunConfig) -> tuple[dict[str, list[Sample]], dict[str, str]]:
     check_tasks(data["evaluation"])
     if not config.method.is_float:
         data["calibration"] = load_samples(
-            _source(config, "calibration"), calibration.tasks, calibration.samples_per_task, calibration.seed, active
+            _source(config, "calibration"),
+            calibration.tasks,
+            calibration.samples_per_task,
+            calibration.seed,
+            active,
+            total=calibration.samples,
+            mix=calibration.mix,
         )
         check_disjoint(data["calibration"], data["evaluation"])
     return data, {split: dataset_hash(samples) for split, samples in data.items()}
@@ -241,18 +301,15 @@ def _public_config(config: RunConfig) -> dict[str, Any]:
 def _factors_key(config: RunConfig, hashes: dict[str, str]) -> str:
     """Hash of what learned factors depend on: not of rounding or compensation, so that methods share them."""
     plain = to_hashed_dict(config)
-    model = {key: value for key, value in plain["model"].items() if key not in ("architecture", "source")}
+    chain = {"chain": config.calibration.chain} if config.calibration.chain != "quantized" else {}
     return canonical_hash(
         {
-            "model": model,
-            "weights": hashes["model"],
-            "modalities": active_modalities(config),
+            **_seen_by_model(config, hashes),
             "scheme": plain["scheme"],
             "rotation": plain["method"]["rotation"],
             "smoothing": plain["method"]["smoothing"],
-            "batch_size": config.calibration.batch_size,
             "seed": config.seed,
-            "data": hashes["calibration"],
+            **chain,
         }
     )
 

@@ -56,7 +56,8 @@ def test_no_value_of_a_listed_method_is_without_a_source(method: str) -> None:
     findings = audit(compose([f"method={method}"]))
     assert [found.key for found in findings if found.origin == "set here"] == []
     assert {f"calibration.{field.name}" for field in fields(CalibrationConfig)} - {found.key for found in findings} == {
-        "calibration.batch_size"
+        "calibration.batch_size",
+        "calibration.cache",
     }
 
 

@@ -230,6 +230,9 @@ def test_the_demo_preset_has_the_sizes_of_the_readme() -> None:
         ("calibration.samples_per_task", 0, "samples_per_task must be positive"),
         ("calibration.batch_size", 0, "batch_size must be positive"),
         ("calibration.tasks", [], "tasks must name at least one task"),
+        ("calibration.mix", {"text": 1.0}, "mix shares out a number of samples"),
+        ("calibration.samples", 0, "samples must be positive"),
+        ("calibration.samples", 128, "either samples or samples_per_task"),
         ("evaluation.samples_per_task", 0, "samples_per_task must be positive"),
         ("evaluation.max_new_tokens", 0, "max_new_tokens must be positive"),
         ("evaluation.max_failure_share", 1.5, "max_failure_share must lie between 0 and 1"),
@@ -408,6 +411,7 @@ SETTINGS_WITHOUT_EFFECT: list[tuple[str, object]] = [
     ("model.source", "/elsewhere"),
     ("calibration.source", "/elsewhere.parquet"),
     ("evaluation.source", "/elsewhere.parquet"),
+    ("calibration.cache", False),
 ]
 SETTINGS_WITH_EFFECT: list[tuple[str, object]] = [
     ("seed", 1),
@@ -417,6 +421,7 @@ SETTINGS_WITH_EFFECT: list[tuple[str, object]] = [
     ("method.smoothing.alpha", 0.4),
     ("method.smoothing.loss_weights", {"text": 1, "vision": 0.5, "audio": 1}),
     ("calibration.samples_per_task", 4),
+    ("calibration.chain", "float"),
     ("evaluation.samples_per_task", 4),
 ]
 

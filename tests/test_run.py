@@ -201,6 +201,23 @@ def test_dual_never_sees_audio(splits: dict[str, Path], tmp_path: Path) -> None:
     assert not any("audio" in warning for warning in record.warnings)
 
 
+def test_runs_share_what_is_known_of_the_float_model(splits: dict[str, Path], tmp_path: Path) -> None:
+    """Gradients and statistics of the float chain lie beside the runs, by content; a run without them ends the same."""
+    on_float = {"calibration": {"source": str(splits["calibration"]), "samples_per_task": 3, "chain": "float"}}
+    alone = run(config(splits, tmp_path / "alone", "mbq", calibration={**on_float["calibration"], "cache": False}))
+    assert not (tmp_path / "alone" / "artifacts").exists()
+    shared = run(config(splits, tmp_path / "shared", "mbq", **on_float))
+    assert (alone.identity, alone.blocks, alone.scores) == (shared.identity, shared.blocks, shared.scores)
+    folders = sorted(folder.name.split("-")[0] for folder in (tmp_path / "shared" / "artifacts").iterdir())
+    assert folders == ["gradients", "statistics"]
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "shared" / "artifacts").rglob("*.safetensors")}
+    other = run(config(splits, tmp_path / "shared", "mbq", scheme="w8a8", **on_float))
+    assert other.status == "finished"
+    again = {file: file.stat().st_mtime_ns for file in (tmp_path / "shared" / "artifacts").rglob("*.safetensors")}
+    assert files
+    assert again == files
+
+
 def test_overlapping_splits_stop_the_run(splits: dict[str, Path], tmp_path: Path) -> None:
     leaking = {**splits, "evaluation": splits["calibration"]}
     with pytest.raises(DataError, match="calibration"):

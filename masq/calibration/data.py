@@ -7,7 +7,7 @@ null), and may have ``choices`` (a list of texts or null).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from masq.models.sample import Modality, Sample, combined_hash
 
 if TYPE_CHECKING:
     import pyarrow
+
+    from masq.calibration.config import Kind
 
 TEXT_COLUMNS = ("id", "task", "question", "answer")
 MEDIA_COLUMNS = ("image", "audio")
@@ -33,10 +35,13 @@ def load_samples(
     samples_per_task: int | None = None,
     seed: int = 0,
     modalities: Collection[str] = ("text", "vision", "audio"),
+    *,
+    total: int | None = None,
+    mix: Mapping[Kind, float] | None = None,
 ) -> list[Sample]:
     """Read samples and draw a seeded choice of each task.
 
-    The choice of one task depends on the seed and that task's name alone, and a smaller choice is part of a larger one.
+    The choice of one task depends on the seed and that task's name alone, and a larger choice holds every smaller one.
     Chosen samples keep the order of the file, tasks that of ``tasks`` (or of their first sample).
 
     Args:
@@ -45,10 +50,12 @@ def load_samples(
         samples_per_task: how many samples of each, None for all.
         seed: of the choice.
         modalities: active modalities; samples with another one are left out.
+        total: how many samples of all tasks together, instead of ``samples_per_task``.
+        mix: how ``total`` is shared out, see ``share_out``.
 
     Raises:
         DataError: a missing or damaged file, a missing or wrong column, an empty field, a repeated id, an unknown task
-            or one without samples, fewer samples than asked for.
+            or one without samples, fewer samples than asked for, a share for a kind of task that is not there.
     """
     path = Path(source)
     by_task: dict[str, list[Sample]] = {}
@@ -66,8 +73,57 @@ def load_samples(
             value=f"none of {len(by_task)} tasks has any with {', '.join(modalities)} only",
             remedy="choose another file or more modalities",
         )
-    chosen = [_choose(path, task, samples, samples_per_task, seed) for task, samples in fitting.items()]
+    counts: Mapping[str, int | None] = dict.fromkeys(fitting, samples_per_task)
+    if total is not None:
+        counts = share_out(total, mix, {task: _kind(samples) for task, samples in fitting.items()})
+    chosen = [_choose(path, task, samples, counts[task], seed) for task, samples in fitting.items()]
     return [sample for samples in chosen for sample in samples]
+
+
+def share_out(total: int, mix: Mapping[Kind, float] | None, kinds: Mapping[str, Kind]) -> dict[str, int]:
+    """How many samples each task gives, by largest remainders (of equal ones the first), so that they sum to ``total``.
+
+    Args:
+        total: samples in all.
+        mix: shares of the kinds of tasks, each then shared out evenly among the tasks of its kind; None for all tasks
+            alike.
+        kinds: kind of each task.
+
+    Raises:
+        DataError: a kind has a share and no task.
+    """
+    if mix is None:
+        return _apportioned(total, dict.fromkeys(kinds, 1.0))
+    without = next((kind for kind, share in mix.items() if share and kind not in kinds.values()), None)
+    if without is not None:
+        raise DataError(
+            "every kind of task with a share in the mix must have tasks",
+            value=f"{without}; there are {', '.join(sorted(set(kinds.values())))}",
+            remedy="take it out of calibration.mix, or choose tasks or modalities that have it",
+        )
+    counts = dict.fromkeys(kinds, 0)
+    by_kind = _apportioned(total, {kind: mix.get(kind, 0.0) for kind in dict.fromkeys(kinds.values())})
+    for kind, count in by_kind.items():
+        counts |= _apportioned(count, {task: 1.0 for task, own in kinds.items() if own == kind})
+    return counts
+
+
+def _apportioned(total: int, shares: Mapping[Any, float]) -> dict[Any, int]:
+    """Whole numbers in proportion to ``shares``, by largest remainders."""
+    exact = {key: total * share / sum(shares.values()) for key, share in shares.items()}
+    counts = {key: int(value) for key, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda key: counts[key] - exact[key])
+    for key in by_remainder[: total - sum(counts.values())]:
+        counts[key] += 1
+    return counts
+
+
+def _kind(samples: Sequence[Sample]) -> Kind:
+    """Of a task: what its samples hold besides text."""
+    held = {modality for sample in samples for modality in sample.modalities}
+    if {Modality.VISION, Modality.AUDIO} <= held:
+        return "joint"
+    return "vision" if Modality.VISION in held else "audio" if Modality.AUDIO in held else "text"
 
 
 def _choose(path: Path, task: str, samples: list[Sample], count: int | None, seed: int) -> list[Sample]:

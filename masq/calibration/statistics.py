@@ -53,6 +53,11 @@ class TokenSample:
 
     kept: Mapping[Modality, torch.Tensor]
 
+    @property
+    def size(self) -> int:
+        """How many tokens are kept."""
+        return sum(int(kept.sum()) for kept in self.kept.values())
+
     @classmethod
     def draw(cls, modalities: Iterable[torch.Tensor], limit: int, seed: int) -> TokenSample:
         """Draw at most ``limit`` tokens of each modality; the choice depends on (seed, modality) and the counts alone.

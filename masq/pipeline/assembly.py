@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 class Stages:
     """A method: one configuration per slot, the number formats and the seed of every random stream.
 
-    What depends on formats is asked of ``for_block``.
+    ``chain`` tells whose activations the stages look at (``CalibrationConfig``). What depends on formats is asked of
+    ``for_block``.
     """
 
     smoothing: Smoothing
@@ -45,6 +46,7 @@ class Stages:
     scheme: Scheme
     seed: int = 0
     rotation: Rotation = NoRotation()
+    chain: Literal["quantized", "float"] = "quantized"
 
     def for_block(self, index: int, num_blocks: int) -> Stages:
         """The method on one block: its own formats, and smoothing of groups that have a quantized linear there."""
@@ -119,9 +121,15 @@ class Stages:
         return self.rounding if clip is None or role in clip.roles else replace(self.rounding, clip=None)
 
     @property
-    def uses_float_chain(self) -> bool:
+    def moments_on_float(self) -> bool:
         """Whether second moments come from the float model's activations."""
-        return self.compensation.kind != "none" and self.compensation.activations == "float"
+        own = self.compensation.kind != "none" and self.compensation.activations == "float"
+        return own or self.smoothing_on_float
+
+    @property
+    def smoothing_on_float(self) -> bool:
+        """Whether smoothing looks at the float model's activations."""
+        return self.chain == "float"
 
 
 @torch.no_grad()

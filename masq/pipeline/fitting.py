@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from masq.calibration.replay import collect
+from masq.calibration.cache import Request, StatisticsCache
 from masq.calibration.statistics import TokenSample
 from masq.pipeline.assembly import Stages, quantize_block
 from masq.transforms.config import SearchedSmoothing
@@ -23,18 +23,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Chains:
-    """Inputs of one block on calibration batches.
+class Chain:
+    """Inputs of one block on calibration batches, of the float or of the quantized model.
 
     Attributes:
-        floats: of the float chain, [B, T, d] by batch; all of them only where a stage looks at that chain.
-        quantized: of the quantized chain, [B, T, d] by batch.
-        replay: what else the block needs, by batch of the quantized chain.
+        hidden: [B, T, d] by batch; all batches only where a stage looks at that chain.
+        replay: what else the block needs, by the same batches.
     """
 
-    floats: Sequence[torch.Tensor]
-    quantized: Sequence[torch.Tensor]
+    hidden: Sequence[torch.Tensor]
     replay: Sequence[ReplayBatch]
+
+    def pick(self, indices: Sequence[int]) -> Chain:
+        """Some of the batches."""
+        return Chain([self.hidden[index] for index in indices], [self.replay[index] for index in indices])
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,13 @@ class Prepared:
         plans: learned smoothing by block, None where it is fitted block by block.
         sample: the tokens whose inputs a search of smoothing sees.
         sensitivity: by block, how much an error of each modality counts; None where all count alike.
+        cache: where statistics of the float chain are kept, None to keep none.
     """
 
     plans: Sequence[SmoothingPlan] | None = None
     sample: TokenSample | None = None
     sensitivity: Sequence[Mapping[Modality, float]] | None = None
+    cache: StatisticsCache | None = None
 
 
 def token_sample(replay: Sequence[ReplayBatch], stages: Stages, num_blocks: int) -> TokenSample | None:
@@ -64,17 +68,33 @@ def token_sample(replay: Sequence[ReplayBatch], stages: Stages, num_blocks: int)
     return TokenSample.draw([batch.modality for batch in replay], config.tokens if needs_rows else 0, stages.seed)
 
 
-def needs_statistics(stages: Stages, prepared: Prepared, num_blocks: int) -> bool:
-    """Whether the second walk has to see every batch."""
+def requests(stages: Stages, prepared: Prepared) -> tuple[Request, Request]:
+    """What the stages of one block ask of the float chain and of the quantized chain."""
+    of = stages.second_moment_modalities
+    smoothing = Request()
     if prepared.plans is None and stages.smoothing.kind != "none":
-        return True
-    return any(stages.for_block(index, num_blocks).second_moment_groups for index in range(num_blocks))
+        smoothing = Request(stages.smoothing.groups, stages.search_moment_groups, of, prepared.sample)
+    rest = Request((), stages.second_moment_groups, of)
+    if stages.smoothing_on_float == stages.moments_on_float:
+        both = replace(smoothing, second_moment={*smoothing.second_moment, *rest.second_moment}, moments_of=of)
+        return (both, Request()) if stages.smoothing_on_float else (Request(), both)
+    return rest, smoothing
+
+
+def looked_at(stages: Stages, prepared: Prepared, num_blocks: int) -> tuple[bool, bool]:
+    """Whether the second walk has to see every batch of the float chain, and of the quantized chain."""
+    asked = [requests(stages.for_block(index, num_blocks), prepared) for index in range(num_blocks)]
+    cache = prepared.cache
+    new = [(index, of_float) for index, (of_float, _) in enumerate(asked) if of_float.wanted]
+    on_float = any(cache is None or not cache.covers(index, of_float) for index, of_float in new)
+    return on_float, any(of_quantized.wanted for _, of_quantized in asked)
 
 
 def quantize_one(
     block: BlockAdapter,
     index: int,
-    chains: Chains,
+    floats: Chain,
+    quantized: Chain,
     stages: Stages,
     context: ModalityContext,
     prepared: Prepared,
@@ -84,7 +104,8 @@ def quantize_one(
     Args:
         block: the float block.
         index: its number.
-        chains: its inputs.
+        floats: its inputs in the float model.
+        quantized: its inputs behind the quantized blocks before it.
         stages: the method on this block.
         context: token modalities for the new linears.
         prepared: learned smoothing, or what a search looks at besides.
@@ -92,37 +113,26 @@ def quantize_one(
     Returns:
         The note of ``quantize_block``, and what a search found.
     """
-    moments, of = stages.second_moment_groups, stages.second_moment_modalities
-    statistics: dict[str, GroupStatistics] = {}
-    if prepared.plans is None:
-        statistics = _statistics(block, chains, stages, prepared.sample)
-        plan = _fit_smoothing(block, index, statistics, stages, prepared)
-    else:
-        plan = prepared.plans[index]
-        if not stages.uses_float_chain:
-            inputs = chains.quantized, chains.replay
-            statistics = collect(block, *inputs, groups=(), second_moment=moments, moments_of=of)
-    if stages.uses_float_chain:
-        statistics = collect(block, chains.floats, chains.replay, groups=(), second_moment=moments, moments_of=of)
-    return {**quantize_block(block, f"block {index}", plan, statistics, stages, context), **plan.note}
-
-
-def _statistics(
-    block: BlockAdapter, chains: Chains, stages: Stages, sample: TokenSample | None
-) -> dict[str, GroupStatistics]:
-    """What smoothing asks to see of the quantized chain, and rounding and compensation unless they look elsewhere."""
-    return collect(
-        block,
-        chains.quantized,
-        chains.replay,
-        groups=() if stages.smoothing.kind == "none" else stages.smoothing.groups,
-        second_moment={
-            *stages.search_moment_groups,
-            *(() if stages.uses_float_chain else stages.second_moment_groups),
-        },
-        moments_of=stages.second_moment_modalities,
-        sample=sample,
+    of_float, of_quantized = requests(stages, prepared)
+    in_float = collect_on_float(prepared.cache, index, of_float, block, floats)
+    in_quantized = of_quantized.collect(block, quantized.hidden, quantized.replay)
+    smoothing = in_float if stages.smoothing_on_float else in_quantized
+    rest = in_float if stages.moments_on_float else in_quantized
+    plan = (
+        prepared.plans[index]
+        if prepared.plans is not None
+        else _fit_smoothing(block, index, smoothing, stages, prepared)
     )
+    return {**quantize_block(block, f"block {index}", plan, rest, stages, context), **plan.note}
+
+
+def collect_on_float(
+    cache: StatisticsCache | None, index: int, request: Request, block: BlockAdapter, floats: Chain
+) -> dict[str, GroupStatistics]:
+    """Statistics of the float chain, from the cache where there is one."""
+    if cache is None:
+        return request.collect(block, floats.hidden, floats.replay)
+    return cache.collect(index, request, block, floats.hidden, floats.replay)
 
 
 def _fit_smoothing(

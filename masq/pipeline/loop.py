@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from masq.calibration.replay import BlockData, ReplayBatch, advance, capture, collect
+from masq.calibration.cache import Request, StatisticsCache
+from masq.calibration.replay import BlockData, ReplayBatch, advance, capture
 from masq.calibration.sensitivity import gradient_sums, mean_gradients, relative_sensitivity
 from masq.errors import numerical_errors_of
 from masq.models.base import Modality
 from masq.numerics.sqnr import token_sqnr
 from masq.pipeline.assembly import Stages
-from masq.pipeline.fitting import Chains, Prepared, needs_statistics, quantize_one, token_sample
+from masq.pipeline.fitting import Chain, Prepared, collect_on_float, looked_at, quantize_one, token_sample
 from masq.pipeline.progress import BlockClock
 from masq.pipeline.store import BlockStore, block_tensors, restore_block
 from masq.transforms.config import LearnedSmoothing
@@ -31,6 +32,7 @@ from masq.transforms.stages import SMOOTHING, SmoothingPlan
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from masq.calibration.statistics import GroupStatistics
     from masq.models.base import BlockAdapter, EncodedBatch, ModelAdapter
     from masq.modules.modality import ModalityContext
 
@@ -63,6 +65,7 @@ def quantize(
     blocks: BlockStore,
     factors: BlockStore,
     gradients: BlockStore | None = None,
+    cache: StatisticsCache | None = None,
 ) -> QuantizationReport:
     """Quantize every decoder block of ``adapter`` in place, after rotating the model where the method says so.
 
@@ -74,6 +77,7 @@ def quantize(
         blocks: where finished blocks are kept; present ones are restored instead of computed.
         factors: where learned factors are kept; shared by all methods with the same learning problem.
         gradients: where gradients that a stage asks for are kept, batch by batch; None to keep none.
+        cache: where statistics of the float chain are kept; None to keep none.
 
     Returns:
         The report of the walk.
@@ -94,10 +98,10 @@ def quantize(
     learned: list[SmoothingPlan] | None = None
     if stages.learns:
         started = time.perf_counter()
-        learned = _learn(adapter, hidden, replay, stages, context, factors, report)
+        learned = _learn(adapter, hidden, replay, stages, context, factors, cache, report)
         report.seconds["learn"] = time.perf_counter() - started
     started = time.perf_counter()
-    prepared = Prepared(learned, token_sample(replay, stages, len(adapter.blocks())), sensitivity)
+    prepared = Prepared(learned, token_sample(replay, stages, len(adapter.blocks())), sensitivity, cache)
     _quantize(adapter, hidden, replay, stages, context, blocks, prepared, report)
     report.seconds["quantize"] = time.perf_counter() - started
     context.clear()
@@ -141,18 +145,12 @@ def _sensitivity(
     return relative_sensitivity(mean_gradients(sums), floor)
 
 
-def _outputs(
-    block: BlockAdapter,
-    name: str,
-    hidden: Sequence[torch.Tensor],
-    replay: Sequence[ReplayBatch],
-    context: ModalityContext,
-) -> list[torch.Tensor]:
+def _outputs(block: BlockAdapter, name: str, inputs: Chain, context: ModalityContext) -> Chain:
     outputs = []
-    for hidden_btd, batch in zip(hidden, replay, strict=True):
+    for hidden_btd, batch in zip(inputs.hidden, inputs.replay, strict=True):
         context.set(batch.modality)
         outputs.append(advance(block, hidden_btd, batch, name))
-    return outputs
+    return Chain(outputs, inputs.replay)
 
 
 def _learn(
@@ -162,21 +160,27 @@ def _learn(
     stages: Stages,
     context: ModalityContext,
     store: BlockStore,
+    cache: StatisticsCache | None,
     report: QuantizationReport,
 ) -> list[SmoothingPlan]:
-    """First walk: factors of every block, on the chain in which each modality has its own weight Q(W s_m)."""
+    """First walk: factors of every block, on the chain in which each modality has its own weight Q(W s_m).
+
+    Where the stages look at the float chain, every block starts from the float input again.
+    """
     adapter_blocks = adapter.blocks()
     walk_needed = not store.has_all(len(adapter_blocks))
     clock = BlockClock("learn smoothing", len(adapter_blocks))
-    floats, quantized, plans = hidden, hidden, []
-    shown = _one_of_each_mix(replay)
+    floats = quantized = Chain(hidden, replay)
+    plans, shown = [], _one_of_each_mix(replay)
     for index, block in enumerate(adapter_blocks):
         name, own = f"block {index}", stages.for_block(index, len(adapter_blocks))
-        targets = _outputs(block, name, floats, replay, context) if walk_needed else []
+        targets = _outputs(block, name, floats, context) if walk_needed else floats
         stored, outputs = store.load(index), None
         if stored is None:
             with numerical_errors_of(name):
-                factors, note, outputs = _learn_one(block, name, BlockData(quantized, targets, replay), own)
+                statistics = _start(block, index, quantized, own, cache)
+                data = BlockData(quantized.hidden, targets.hidden, replay)
+                factors, note, outputs = _learn_one(block, name, statistics, data, own)
             stored = _flatten(factors), note
             store.save(index, *stored)
         logs = _unflatten(stored[0], hidden[0].device)
@@ -185,21 +189,29 @@ def _learn(
         if stored[1].get("reverted"):
             report.warnings.append(f"{name}: learning did not lower the loss, the starting factors were kept")
         if walk_needed:
-            quantized = outputs or run_fake_quantized(block, name, logs, quantized, replay, own.scheme)
-            floats = targets
+            found = Chain(
+                outputs or run_fake_quantized(block, name, logs, quantized.hidden, replay, own.scheme), replay
+            )
             losses = "nothing to learn"
             if stored[1]:
                 losses = f"loss {stored[1]['initial_loss']:.4f} -> {stored[1]['final_loss']:.4f}"
-            clock.tick(f"{losses} | {_sqnr_text(_mean_sqnr(*_picked(shown, targets, quantized, replay)))}")
+            clock.tick(f"{losses} | {_sqnr_text(_mean_sqnr(targets.pick(shown), found.pick(shown)))}")
+            floats, quantized = targets, targets if stages.smoothing_on_float else found
     return plans
 
 
-def _picked(indices: Sequence[int], *lists: Sequence[Any]) -> list[list[Any]]:
-    return [[one[index] for index in indices] for one in lists]
+def _start(
+    block: BlockAdapter, index: int, inputs: Chain, stages: Stages, cache: StatisticsCache | None
+) -> dict[str, GroupStatistics]:
+    """Ranges from which the closed form makes the factors that learning starts from."""
+    request = Request(() if stages.smoothing.kind == "none" else stages.smoothing.groups)
+    if stages.smoothing_on_float:
+        return collect_on_float(cache, index, request, block, inputs)
+    return request.collect(block, inputs.hidden, inputs.replay)
 
 
 def _learn_one(
-    block: BlockAdapter, name: str, data: BlockData, stages: Stages
+    block: BlockAdapter, name: str, statistics: dict[str, GroupStatistics], data: BlockData, stages: Stages
 ) -> tuple[Factors, dict[str, Any], list[torch.Tensor] | None]:
     """Learn the factors of one block, from those of the closed form on.
 
@@ -210,7 +222,6 @@ def _learn_one(
     config = stages.smoothing
     if not isinstance(config, LearnedSmoothing):
         return {}, {}, None
-    statistics = collect(block, data.hidden, data.batches, groups=config.groups)
     initial = SMOOTHING.get(config.kind)(block, statistics, config, stages.scheme).factors
     found = learn_factors(block, name, initial, data, stages.scheme, config, seed=stages.seed)
     note = {"initial_loss": found.initial_loss, "final_loss": found.final_loss, "reverted": found.reverted}
@@ -234,23 +245,22 @@ def _quantize(
     """
     adapter_blocks = adapter.blocks()
     clock = BlockClock("quantize", len(adapter_blocks))
-    if not needs_statistics(stages, prepared, len(adapter_blocks)):
-        hidden, replay = _picked(_one_of_each_mix(replay), hidden, replay)
-    watched = list(range(len(replay))) if stages.uses_float_chain else _one_of_each_mix(replay)
-    seen, floats = _picked(watched, replay, hidden)
-    quantized = hidden
+    shown, everything = _one_of_each_mix(replay), list(range(len(replay)))
+    kept = [everything if all_of_it else shown for all_of_it in looked_at(stages, prepared, len(adapter_blocks))]
+    floats, quantized = (Chain(hidden, replay).pick(indices) for indices in kept)
+    in_floats, in_quantized = ([indices.index(one) for one in shown] for indices in kept)
     for index, block in enumerate(adapter_blocks):
         name, own = f"block {index}", stages.for_block(index, len(adapter_blocks))
-        targets = _outputs(block, name, floats, seen, context)
+        targets = _outputs(block, name, floats, context)
         stored = store.load(index)
         if stored is None:
             with numerical_errors_of(name):
-                note = quantize_one(block, index, Chains(floats, quantized, replay), own, context, prepared)
+                note = quantize_one(block, index, floats, quantized, own, context, prepared)
         else:
-            restore_block(block, stored[0], own.scheme, context, quantized[0].dtype)
+            restore_block(block, stored[0], own.scheme, context, hidden[0].dtype)
             note = stored[1]
-        quantized = _outputs(block, name, quantized, replay, context)
-        sqnr = _mean_sqnr(targets, [quantized[index] for index in watched], seen)
+        quantized = _outputs(block, name, quantized, context)
+        sqnr = _mean_sqnr(targets.pick(in_floats), quantized.pick(in_quantized))
         if stored is None:
             store.save(index, block_tensors(block), note)
         floats = targets
@@ -272,12 +282,10 @@ def _sqnr_text(sqnr: dict[str, float]) -> str:
     return "SQNR dB " + " ".join(f"{key} {value:.1f}" for key, value in sqnr.items())
 
 
-def _mean_sqnr(
-    targets: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], replay: Sequence[ReplayBatch]
-) -> dict[str, float]:
+def _mean_sqnr(targets: Chain, outputs: Chain) -> dict[str, float]:
     """Mean SQNR of calibration tokens by modality."""
     sums: dict[str, tuple[float, int]] = {}
-    for target, output, batch in zip(targets, outputs, replay, strict=True):
+    for target, output, batch in zip(targets.hidden, outputs.hidden, outputs.replay, strict=True):
         tokens = token_sqnr(target, output)
         for modality in Modality:
             rows = tokens[batch.modality == modality]

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-
-from masq.errors import DataError
-from masq.files import atomic_write_bytes
 from masq.models.base import GROUPS, Role
 from masq.modules.quant_linear import QuantLinear
+from masq.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import torch
 
     from masq.models.base import BlockAdapter
     from masq.modules.modality import ModalityContext
@@ -41,10 +36,7 @@ class BlockStore:
 
     def save(self, index: int, tensors: dict[str, torch.Tensor], note: dict[str, Any]) -> None:
         """Write one block; a reader sees the whole file or none."""
-        contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        text = json.dumps(note)
-        metadata = {"note": text, "sha256": _digest(contiguous, text)}
-        atomic_write_bytes(self.path(index), save(contiguous, metadata=metadata))
+        save_tensors(self.path(index), tensors, note)
 
     def load(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Read one block, None when it is not finished.
@@ -52,32 +44,7 @@ class BlockStore:
         Raises:
             DataError: the file is damaged.
         """
-        path = self.path(index)
-        if not path.exists():
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-                # Mapped tensors lie at any byte; CPU kernels round differently on unaligned ones, a copy is aligned.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            if metadata["sha256"] != _digest(tensors, metadata["note"]):
-                raise ValueError("its checksum does not fit")
-            return tensors, json.loads(metadata["note"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                "a block checkpoint must be a complete, undamaged safetensors file",
-                value=path.name,
-                remedy="delete it; the block is computed again",
-            ) from error
-
-
-def _digest(tensors: dict[str, torch.Tensor], note: str) -> str:
-    """SHA-256 of names, types, shapes and bytes, and of the note."""
-    digest = hashlib.sha256(note.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        return load_tensors(self.path(index))
 
 
 def block_tensors(block: BlockAdapter) -> dict[str, torch.Tensor]:

@@ -323,3 +323,33 @@ def test_a_context_is_shown_whatever_follows_it() -> None:
             [CHOICE], [replace(CHOICE, id="e-0", answer="slept", choices=("slept", "swam"), task="other")]
         )
     data.check_disjoint([CHOICE], [replace(CHOICE, id="e-1", question="The dog")])
+
+
+KINDS = {"read": "vision", "digits": "vision", "speech": "audio", "same": "joint", "tale": "text", "manual": "text"}
+
+
+@pytest.mark.parametrize("total", [1, 7, 32, 128, 131])
+@pytest.mark.parametrize("mix", [None, {"text": 1, "vision": 1, "audio": 1}, {"text": 0.2, "audio": 0.3, "joint": 3}])
+def test_shares_sum_to_the_total_and_are_in_proportion(total: int, mix: Any) -> None:
+    counts = data.share_out(total, mix, KINDS)
+    assert list(counts) == list(KINDS)
+    assert sum(counts.values()) == total
+    shares = mix or {kind: list(KINDS.values()).count(kind) for kind in KINDS.values()}
+    for kind in set(KINDS.values()):
+        own = [count for task, count in counts.items() if KINDS[task] == kind]
+        assert max(own) - min(own) <= 1
+        assert abs(sum(own) - total * shares.get(kind, 0) / sum(shares.values())) < (1 if mix else len(own))
+
+
+def test_a_share_for_a_kind_that_is_not_there() -> None:
+    with pytest.raises(DataError, match="joint; there are text, vision"):
+        data.share_out(8, {"text": 1, "joint": 1}, {"tale": "text", "read": "vision"})
+
+
+def test_a_mix_is_drawn_from_the_tasks_of_each_kind(file: Path) -> None:
+    drawn = data.load_samples(file, seed=3, total=9, mix={"text": 2, "vision": 1})
+    held = [sample.modalities for sample in drawn]
+    assert (len(drawn), sum(len(one) == 1 for one in held)) == (9, 6)
+    alike = data.load_samples(file, seed=3, total=9)
+    assert len(alike) == 9
+    assert {sample.task for sample in alike} == {sample.task for sample in SAMPLES}
