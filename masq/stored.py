@@ -12,7 +12,7 @@ from masq.config import RunConfig, active_modalities
 from masq.models.architecture import linear_shapes
 from masq.models.config import Architecture
 from masq.numerics.scheme import GROUP_ROLES, GroupName, LinearFormat
-from masq.transforms.config import SearchedSmoothing, SharedSmoothing
+from masq.transforms.config import LearnedSharedSmoothing, SearchedSmoothing, SharedSmoothing
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -90,7 +90,7 @@ def _smoothing_elements(config: RunConfig, formats: Collection[str], shapes: dic
     if isinstance(smoothing, SharedSmoothing | SearchedSmoothing):
         kept: tuple[GroupName, ...] = ("down",) if smoothing.fold else smoothing.groups
         groups = [group for group in groups if group in kept]
-    else:
+    elif not isinstance(smoothing, LearnedSharedSmoothing):
         rows = len(active_modalities(config))
     return rows * sum(shapes[GROUP_ROLES[group][0]][1] for group in groups)
 

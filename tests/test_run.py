@@ -112,6 +112,13 @@ def config(splits: dict[str, Path], root: Path, method: str = "rtn", **changes: 
     return decode(plain(splits, root, method, **changes))
 
 
+def with_sizes(cell: dict) -> dict:
+    """The cell with the sizes of its model, from which a plan is made."""
+    sizes = {"hidden_size": 48, "num_layers": 3, "num_heads": 6, "num_kv_heads": 2, "intermediate_size": 88}
+    cell["model"]["architecture"] = {**sizes, "vocab_size": 277, "tower_parameters": 0, "tied_embeddings": False}
+    return cell
+
+
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_end_to_end(splits: dict[str, Path], tmp_path: Path, method: str) -> None:
     record = run(config(splits, tmp_path, method))
@@ -133,6 +140,8 @@ def test_every_method_end_to_end(splits: dict[str, Path], tmp_path: Path, method
         assert any("ignored" in warning for warning in record.warnings)
     else:
         assert all(0 < value < 60 for value in sqnr)
+        planned = plan(decode(with_sizes(plain(splits, tmp_path, method))))
+        assert record.effective_bits["total"] == pytest.approx(planned.effective_bits)
         # mas stores three weights wherever it smooths, that is everywhere but in down.
         assert 4 < record.effective_bits["codes"] < 12 if method == "mas" else record.effective_bits["codes"] == 4
         assert (record.effective_bits["adapters"] > 0) == (method in ("masquant", "qera"))
@@ -164,9 +173,7 @@ def test_identity_follows_the_weights(splits: dict[str, Path], tmp_path: Path, m
 
 def test_overrides_end_to_end(splits: dict[str, Path], tmp_path: Path) -> None:
     """The record counts what the plan promised, and a block left in float is as good as the float model."""
-    cell = plain(splits, tmp_path, "awq")
-    sizes = {"hidden_size": 48, "num_layers": 3, "num_heads": 6, "num_kv_heads": 2, "intermediate_size": 88}
-    cell["model"]["architecture"] = {**sizes, "vocab_size": 277, "tower_parameters": 0, "tied_embeddings": False}
+    cell = with_sizes(plain(splits, tmp_path, "awq"))
     cell["method"]["smoothing"]["groups"] = ["qkv", "output", "gate_up"]
     cell["scheme"] |= {
         "name": "mixed",
@@ -190,6 +197,8 @@ def test_starts_from_its_own_config_yaml(splits: dict[str, Path], tmp_path: Path
 
 def test_dual_never_sees_audio(splits: dict[str, Path], tmp_path: Path) -> None:
     record = run(config(splits, tmp_path, "masquant", modality={"name": "dual"}))
+    planned = plan(decode(with_sizes(plain(splits, tmp_path, "masquant", modality={"name": "dual"}))))
+    assert record.effective_bits["total"] == pytest.approx(planned.effective_bits)
     assert set(record.scores) == {"read", "manual", "choice"}
     assert set(record.fidelity["sqnr"]) == {"text", "vision"}
     assert all(set(block["sqnr"]) == {"text", "vision"} for block in record.blocks)

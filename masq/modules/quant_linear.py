@@ -47,6 +47,7 @@ class QuantLinear(nn.Module):
 
     bias: torch.Tensor | None
     inverse_smoothing: torch.Tensor | None
+    smoothing_rows: torch.Tensor | None
 
     def __init__(
         self,
@@ -74,7 +75,9 @@ class QuantLinear(nn.Module):
             self._register_weight(modality.name.lower(), weight)
         self.weight_modalities = tuple(sorted(weights))
         self.register_buffer("bias", None if bias is None else bias.detach().to(dtype).clone())
-        self.register_buffer("inverse_smoothing", None if smoothing is None else _inverse_table(smoothing))
+        table, rows = (None, None) if smoothing is None else _inverse_table(smoothing)
+        self.register_buffer("inverse_smoothing", table)
+        self.register_buffer("smoothing_rows", rows)
         self.correction_modalities = tuple(sorted(corrections or ()))
         for modality, (left, right) in (corrections or {}).items():
             self.register_buffer(f"left_{modality.name.lower()}", left.contiguous())
@@ -98,14 +101,22 @@ class QuantLinear(nn.Module):
         modality = self.context.current(batch, tokens).reshape(-1).to(x.device)
         rows_ni = x.reshape(-1, self.in_features).float()
         if self.inverse_smoothing is not None:
-            # Padding rows (-1) take the factor of text; their output is never read.
-            rows_ni = rows_ni * self.inverse_smoothing[modality.clamp(min=0).long()]
+            rows_ni = rows_ni * self._inverse_factors(modality)
         y_no = self._base(rows_ni, modality)
         for correction in self.correction_modalities:
             self._add_correction(y_no, rows_ni, modality, correction, x.dtype)
         if self.bias is not None:
             y_no += self.bias
         return y_no.to(x.dtype).view(batch, tokens, self.out_features)
+
+    def _inverse_factors(self, modality: torch.Tensor) -> torch.Tensor:
+        """1 / s of rows [N] by modality: [N, I], or [1, I] where all share one."""
+        assert self.inverse_smoothing is not None
+        assert self.smoothing_rows is not None
+        if len(self.inverse_smoothing) == 1:
+            return self.inverse_smoothing
+        # Padding rows (-1) take the factor of text; their output is never read.
+        return self.inverse_smoothing[self.smoothing_rows[modality.clamp(min=0).long()]]
 
     def _base(self, rows_ni: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
         """Product with the stored weight(s): [N, I] -> float32 [N, O]."""
@@ -178,7 +189,8 @@ class QuantLinear(nn.Module):
             corrections=corrections,
             dtype=dtype,
         )
-        layer.register_buffer("inverse_smoothing", state.get("inverse_smoothing"))
+        for name in ("inverse_smoothing", "smoothing_rows"):
+            layer.register_buffer(name, state.get(name))
         return layer
 
     def extra_repr(self) -> str:
@@ -187,7 +199,18 @@ class QuantLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, w{self.weight_format.bits}a{bits}"
 
 
-def _inverse_table(smoothing: Mapping[Modality, torch.Tensor]) -> torch.Tensor:
-    """Rows 1 / s_m in float32, [M, I], indexed by modality."""
-    text = smoothing[Modality.TEXT]
-    return torch.stack([smoothing.get(modality, text).double().reciprocal().float() for modality in TOKEN_MODALITIES])
+def _inverse_table(smoothing: Mapping[Modality, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distinct rows 1 / s in float32 [U, I], and the row of every modality, int64 [M].
+
+    Modalities with the same factor, and those without one, which take the factor of text, share a row.
+    """
+    distinct: list[torch.Tensor] = []
+    rows = []
+    for modality in TOKEN_MODALITIES:
+        inverse = smoothing.get(modality, smoothing[Modality.TEXT]).double().reciprocal().float()
+        row = next((index for index, other in enumerate(distinct) if torch.equal(inverse, other)), len(distinct))
+        if row == len(distinct):
+            distinct.append(inverse)
+        rows.append(row)
+    table = torch.stack(distinct)
+    return table, torch.tensor(rows, device=table.device)

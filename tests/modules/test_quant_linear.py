@@ -143,6 +143,26 @@ def test_unseen_modality_uses_the_factor_of_text() -> None:
     assert torch.equal(as_audio, layer(x))
 
 
+def test_equal_factors_are_stored_once() -> None:
+    _, parts, context, x = make(12, 4)
+    own = parts["smoothing"]
+    context.set(IDS)
+    for smoothing, count in (
+        ({TEXT: own[TEXT], VISION: own[TEXT].clone(), AUDIO: own[TEXT]}, 1),
+        ({TEXT: own[TEXT], VISION: own[VISION], AUDIO: own[VISION]}, 2),
+        ({TEXT: own[TEXT], AUDIO: own[AUDIO]}, 2),
+        (own, 3),
+    ):
+        layer = QuantLinear(context=context, **{**parts, "smoothing": smoothing})
+        assert layer.inverse_smoothing is not None
+        assert layer.inverse_smoothing.shape == (count, 12)
+        with_a_row_each = QuantLinear(context=context, **parts)
+        with_a_row_each.inverse_smoothing.copy_(
+            torch.stack([1 / smoothing.get(m, own[TEXT]).double() for m in (TEXT, VISION, AUDIO)]).float()
+        )
+        assert torch.equal(layer(x), with_a_row_each(x))
+
+
 def test_weight_for_text_is_required() -> None:
     fmt = Scheme.preset("w4a8").weight
     with pytest.raises(MasqError, match="text"):

@@ -170,8 +170,7 @@ def test_learned_shared_smoothing_is_one_factor_that_lowers_the_loss(tmp_path: P
     report = quantize(nano, tmp_path, "rtn", smoothing=LearnedSharedSmoothing(epochs=3))
     assert all(block["final_loss"] < block["initial_loss"] for block in report.blocks)
     table = nano.adapter.blocks()[0].linear(Role.QUERY).inverse_smoothing
-    assert torch.equal(table[0], table[1])
-    assert torch.equal(table[0], table[2])
+    assert len(table) == 1
     modality_aware = quantize(make_nano(), tmp_path / "mas", "mas", smoothing=LearnedModalitySmoothing(epochs=3))
     assert modality_aware.blocks[0]["final_loss"] < report.blocks[0]["final_loss"]
 
