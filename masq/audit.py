@@ -50,7 +50,7 @@ def claims() -> dict[str, Any]:
 
 
 def audit(config: RunConfig) -> list[Finding]:
-    """Every hyper-parameter of the method of ``config``, slot by slot, then those of its calibration."""
+    """Every hyper-parameter of the method of ``config``, slot by slot, then those of its grids and its calibration."""
     plain = to_dict(config)
     found = []
     for slot in SLOTS:
@@ -59,9 +59,21 @@ def audit(config: RunConfig) -> list[Finding]:
             _finding(f"method.{slot}.{name}", value, claims()["fields"][slot].get(values["kind"], {}).get(name))
             for name, value in _leaves(values)
         ]
+    found += [_finding(f"scheme.{name}", value, claims()["fields"]["scheme"].get(name)) for name, value in _grid(plain)]
     names = ("samples_per_task", "samples", "mix", "tasks", "source", "seed", "chain")
     known = claims()["fields"]["calibration"]
     return found + [_finding(f"calibration.{name}", plain["calibration"][name], known.get(name)) for name in names]
+
+
+def _grid(plain: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Conventions of the number formats; how many bits there are is what a run is about."""
+    for tensor in ("weight", "activation"):
+        for name, value in (plain["scheme"][tensor] or {}).items():
+            # Groups are those of weights: activations have one scale per token.
+            if name != "bits" and (tensor, name) != ("activation", "group_size"):
+                yield f"{tensor}.{name}", value
+    for name in ("roles", "overrides"):
+        yield name, plain["scheme"][name]
 
 
 def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

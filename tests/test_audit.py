@@ -18,6 +18,7 @@ from masq.transforms.config import Rotation, Smoothing
 
 KINDS = {"rotation": Rotation, "smoothing": Smoothing, "rounding": Rounding, "compensation": Compensation}
 METHODS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "method").glob("*.yaml"))
+MODEL, OVERRIDES = "model=qwen2_5_omni_3b", "scheme.overrides=[{roles:[down],skip:true}]"
 
 
 def expected(kind: type) -> set[str]:
@@ -42,7 +43,7 @@ def _kind(kind: type) -> str:
 
 def test_claims_are_well_formed() -> None:
     for slot, kinds in claims()["fields"].items():
-        groups = kinds.values() if slot != "calibration" else [kinds]
+        groups = kinds.values() if slot in SLOTS else [kinds]
         for known in groups:
             for name, origins in known.items():
                 assert set(origins) <= set(ORIGINS), (slot, name)
@@ -59,6 +60,16 @@ def test_no_value_of_a_listed_method_is_without_a_source(method: str) -> None:
         "calibration.batch_size",
         "calibration.cache",
     }
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a6", "w4a4", "w4a16", "w4a16_g64"])
+def test_the_grids_of_every_preset_have_sources(scheme: str) -> None:
+    found = {one.key: one for one in audit(compose([MODEL, f"scheme={scheme}"])) if one.key.startswith("scheme.")}
+    assert {"scheme.weight.symmetric", "scheme.weight.group_size", "scheme.roles", "scheme.overrides"} <= set(found)
+    assert ("scheme.activation.granularity" in found) == ("a16" not in scheme)
+    assert [key for key, one in found.items() if one.origin == "set here"] == []
+    mixed = audit(compose([MODEL, f"scheme={scheme}", "scheme.name=mixed", OVERRIDES]))
+    assert next(one for one in mixed if one.key == "scheme.overrides").origin == "set here"
 
 
 def test_the_sources_of_masquant_contradict_each_other_visibly() -> None:
