@@ -204,6 +204,8 @@ def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
             parent.pop(key, None)
     if calibration["chain"] == "quantized":
         del calibration["chain"]
+    if plain["evaluation"]["score"]:
+        del plain["evaluation"]["score"]
     # Where things are kept changes no result.
     del calibration["cache"]
     return plain

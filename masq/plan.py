@@ -187,6 +187,8 @@ def _seconds(
         "evaluation": cost * (per_token * workload.evaluation_tokens + per_answer * workload.evaluation_samples),
         "fidelity": (per_token * (1 + cost) + 2 * head) * compared * workload.sample_tokens,
     }
+    if not config.evaluation.score:
+        del result["evaluation"]
     if not config.method.is_float:
         smoothing = config.method.smoothing
         # Forward and backward cost three forward passes; two more measure the loss before and after.
@@ -252,7 +254,8 @@ def _steps(config: RunConfig, sizes: Architecture, workload: _Workload) -> list[
     if config.evaluation.samples_per_task is None:
         scored = f"the whole {config.evaluation.split} split"
     compare = "compare with the float model: SQNR, NLL and KL by modality"
-    return [*steps, f"score {scored}: {modalities}", compare, "write record.json"]
+    score = [f"score {scored}: {modalities}"] if config.evaluation.score else []
+    return [*steps, *score, compare, "write record.json"]
 
 
 def _available_memory() -> str:

@@ -108,14 +108,15 @@ def _fill(
     if not config.method.is_float:
         _quantize(record, config, adapter, context, data["calibration"], hashes, folder)
     record.effective_bits = footprint(adapter.blocks()).to_dict()
-    with _timed(record, "evaluate"):
-        result = evaluate(adapter, data["evaluation"], config.evaluation, folder)
-    record.scores = {
-        task: {metric: cast("ScoreEntry", score.to_dict()) for metric, score in by.items()}
-        for task, by in result.scores.items()
-    }
-    record.health = result.health
-    record.warnings.extend(result.warnings)
+    if config.evaluation.score:
+        with _timed(record, "evaluate"):
+            result = evaluate(adapter, data["evaluation"], config.evaluation, folder)
+        record.scores = {
+            task: {metric: cast("ScoreEntry", score.to_dict()) for metric, score in by.items()}
+            for task, by in result.scores.items()
+        }
+        record.health = result.health
+        record.warnings.extend(result.warnings)
     with _timed(record, "fidelity"):
         record.fidelity = _fidelity(config, load(model), adapter, data["evaluation"], folder)
     handle.remove()

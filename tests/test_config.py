@@ -423,6 +423,7 @@ SETTINGS_WITH_EFFECT: list[tuple[str, object]] = [
     ("calibration.samples_per_task", 4),
     ("calibration.chain", "float"),
     ("evaluation.samples_per_task", 4),
+    ("evaluation.score", False),
 ]
 
 

@@ -227,6 +227,17 @@ def test_runs_share_what_is_known_of_the_float_model(splits: dict[str, Path], tm
     assert again == files
 
 
+def test_fidelity_alone(splits: dict[str, Path], tmp_path: Path) -> None:
+    """No task is scored, and the comparison with the float model is the one of a run with scores."""
+    evaluation = {"batch_size": 2, "max_new_tokens": 3, "source": str(splits["evaluation"])}
+    alone = run(config(splits, tmp_path, evaluation={**evaluation, "score": False}))
+    both = run(config(splits, tmp_path, evaluation=evaluation))
+    assert (alone.scores, alone.health) == ({}, {})
+    assert "evaluate" not in alone.timings
+    assert both.scores
+    assert alone.fidelity == both.fidelity
+
+
 def test_overlapping_splits_stop_the_run(splits: dict[str, Path], tmp_path: Path) -> None:
     leaking = {**splits, "evaluation": splits["calibration"]}
     with pytest.raises(DataError, match="calibration"):

@@ -22,6 +22,7 @@ class EvaluationConfig:
         split: of the data of an embedded model: ``evaluation``, or ``final``, kept for tables in which nothing is
             chosen any longer.
         fidelity_samples_per_task: samples of each task behind SQNR, NLL and KL, None for all scored ones.
+        score: whether tasks are scored; if not, the model is only compared with the float model (SQNR, NLL, KL).
         max_failure_share: a task with a larger share of empty, truncated or repeating answers fails its score.
     """
 
@@ -33,6 +34,7 @@ class EvaluationConfig:
     source: str = "auto"
     split: Literal["evaluation", "final"] = "evaluation"
     fidelity_samples_per_task: int | None = None
+    score: bool = True
     max_failure_share: float = 0.5
 
     def __post_init__(self) -> None:

@@ -123,12 +123,25 @@ def _sample_notes(records: Sequence[RunRecord]) -> list[str]:
         for task, metrics in record.scores.items():
             counts.setdefault(task, set()).update(int(score["n"]) for score in metrics.values())
     sizes = [f"{task} {'/'.join(str(n) for n in sorted(values))}" for task, values in counts.items()]
-    calibration = sorted({str(_lookup(r.config, "calibration", "samples_per_task")) for r in records})
+    calibration = list(dict.fromkeys(_calibration(record) for record in records if not _is_float(record)))
     presets = sorted({str(r.config["preset"]) for r in records if r.config.get("preset")})
     notes = [f"Evaluation samples: {', '.join(sizes)}. ± is one standard error."] if sizes else []
     notes += _split_notes(records)
-    notes.append(f"Calibration samples per task: {', '.join(calibration)}.")
+    notes += [f"Calibration samples: {'; '.join(calibration)}."] if calibration else []
     return notes + ([f"Preset: {', '.join(presets)}."] if presets else [])
+
+
+def _calibration(record: RunRecord) -> str:
+    """How many samples of what, drawn how, and whose activations stages looked at."""
+    found = {key: _lookup(record.config, "calibration", key) for key in ("samples_per_task", "samples", "mix", "chain")}
+    text = f"{found['samples_per_task']} of each task"
+    if isinstance(found["samples"], int):
+        mix = found["mix"] if isinstance(found["mix"], dict) else {}
+        shares = " : ".join(f"{kind} {share:g}" for kind, share in mix.items())
+        text = f"{found['samples']} in all, " + (f"tasks of {shares}" if shares else "every task alike")
+    elif found["samples_per_task"] is None:
+        text = "all there are"
+    return text + (", activations of the float model" if found["chain"] == "float" else "")
 
 
 def _split_notes(records: Sequence[RunRecord]) -> list[str]:
@@ -173,14 +186,19 @@ def _choose(available: list[Column], wanted: Sequence[str] | None) -> list[Colum
 
 
 def _labels(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """Leading text columns; model and modality only when they vary."""
-    labels = []
-    for title in ("model", "modality"):
-        values = [str(_lookup(record.config, title, "name")) for record in records]
-        if len(set(values)) > 1:
-            labels.append((title, values))
+    """Leading text columns; model, modality, calibration and its seed only when they vary."""
     schemes = ["float" if _is_float(record) else record.scheme for record in records]
-    return [*labels, ("scheme", schemes), ("method", [record.method for record in records])]
+    labels = [
+        ("model", [str(_lookup(record.config, "model", "name")) for record in records]),
+        ("modality", [str(_lookup(record.config, "modality", "name")) for record in records]),
+        ("scheme", schemes),
+        ("method", [record.method for record in records]),
+        ("calibration", [_ABSENT if _is_float(record) else _calibration(record) for record in records]),
+        ("seed", [_ABSENT if _is_float(r) else str(_lookup(r.config, "calibration", "seed")) for r in records]),
+    ]
+    return [
+        (title, values) for title, values in labels if title in ("scheme", "method") or len({*values} - {_ABSENT}) > 1
+    ]
 
 
 def _scores_of(records: Iterable[RunRecord]) -> list[tuple[str, str]]:

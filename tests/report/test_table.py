@@ -62,6 +62,24 @@ def test_markdown_has_one_row_per_record_in_the_order_given() -> None:
     assert [row[1] for row in rows[2:]] == ["smoothquant", "rtn"]
 
 
+def test_calibration_and_its_seed_appear_only_when_they_vary() -> None:
+    drawn = {"samples_per_task": None, "samples": 128, "mix": {"text": 1.0, "audio": 2.0}, "chain": "float", "seed": 0}
+    floats = make_record("none", calibration={"samples_per_task": 5, "seed": 7})
+    alike = [floats, *(make_record(method, calibration=drawn) for method in ("rtn", "gptq"))]
+    assert rows_of(table(alike))[0][:3] == ["scheme", "method", "digits exact match ↑"]
+    assert "Calibration samples: 128 in all, tasks of text 1 : audio 2, activations of the float model." in footnotes(
+        alike
+    )
+    seeds = [floats, *(make_record("gptq", calibration={**drawn, "seed": seed}) for seed in (0, 1))]
+    rows = rows_of(table(seeds))
+    assert [row[2] for row in (rows[0], *rows[2:])] == ["seed", "-", "0", "1"]
+    mixes = [make_record("gptq", calibration={**drawn, "mix": mix}) for mix in (None, {"text": 1.0})]
+    assert [row[2].split(",")[1].strip() for row in rows_of(table(mixes))[2:]] == [
+        "every task alike",
+        "tasks of text 1",
+    ]
+
+
 def test_model_and_modality_appear_only_when_they_vary() -> None:
     records = [make_record("rtn"), make_record("rtn", modality={"name": "dual"})]
     rows = rows_of(table(records))
