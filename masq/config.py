@@ -194,20 +194,20 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
     """``to_dict`` for hashes: without options that came later, where they are at the value that means "not there".
 
-    So runs and learned factors from before these options keep their identity.
+    So runs and learned factors from before them keep their identity. What is kept for other runs changes no result.
     """
     plain = to_dict(config)
-    rounding, calibration = plain["method"]["rounding"], plain["calibration"]
-    later = ((rounding, "clip"), (plain["scheme"], "overrides"), (calibration, "samples"), (calibration, "mix"))
-    for parent, key in later:
-        if not parent.get(key):
-            parent.pop(key, None)
-    if calibration["chain"] == "quantized":
-        del calibration["chain"]
-    if plain["evaluation"]["score"]:
-        del plain["evaluation"]["score"]
-    # Where things are kept changes no result.
-    del calibration["cache"]
+    for group, key, not_there in (
+        (plain["method"]["rounding"], "clip", None),
+        (plain["scheme"], "overrides", []),
+        (plain["evaluation"], "score", True),
+        (plain["calibration"], "samples", None),
+        (plain["calibration"], "mix", None),
+        (plain["calibration"], "chain", "quantized"),
+    ):
+        if group.get(key) == not_there:
+            group.pop(key, None)
+    del plain["calibration"]["cache"]
     return plain
 
 

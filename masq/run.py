@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from masq.artifacts import Artifacts
 from masq.config import (
     RunConfig,
     active_modalities,
@@ -17,10 +18,9 @@ from masq.config import (
     notes,
     run_folder,
     to_dict,
-    to_hashed_dict,
 )
 from masq.errors import ConfigError, DataError
-from masq.files import atomic_write_bytes, canonical_hash, require_writable_folder
+from masq.files import atomic_write_bytes, require_writable_folder
 from masq.models.zoo import is_trained
 from masq.report.memory import peak_memory, reset_peak_memory
 from masq.report.provenance import provenance
@@ -31,7 +31,6 @@ from masq.report.sinks import require_wandb, send_to_wandb
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from masq.calibration.cache import StatisticsCache
     from masq.models.base import ModelAdapter, Sample
     from masq.modules.modality import ModalityContext
     from masq.report.record import ScoreEntry
@@ -150,10 +149,10 @@ def _quantize(
         method.rotation,
         config.calibration.chain,
     )
-    shared = _Shared(config, hashes, record)
-    factors = BlockStore(shared.folder("factors", _factors_key(config, hashes)))
+    artifacts = Artifacts(config, hashes, record)
+    factors = BlockStore(artifacts.factors())
     if stages.learns:
-        shared.note("learned factors", factors.folder, factors.has_all(len(adapter.blocks())))
+        artifacts.note("learned factors", factors.folder, factors.has_all(len(adapter.blocks())))
     encoded = [adapter.encode(batch, with_answer=True) for batch in batches(samples, config.calibration.batch_size)]
     report = quantize(
         adapter,
@@ -162,62 +161,12 @@ def _quantize(
         context,
         blocks=BlockStore(folder / "blocks"),
         factors=factors,
-        gradients=BlockStore(shared.gradients(folder) if stages.sensitivity_floor else folder / "gradients"),
-        cache=shared.statistics() if stages.moments_on_float else None,
+        gradients=BlockStore(artifacts.gradients(folder)) if stages.sensitivity_floor else None,
+        cache=artifacts.statistics() if stages.moments_on_float else None,
     )
     record.blocks = report.blocks
     record.warnings.extend(report.warnings)
     record.timings.update(report.seconds)
-
-
-class _Shared:
-    """Folders under the output root whose content several runs share, each named by what it depends on."""
-
-    def __init__(self, config: RunConfig, hashes: dict[str, str], record: RunRecord) -> None:
-        self.config, self.hashes, self.record = config, hashes, record
-
-    def folder(self, kind: str, key: str) -> Path:
-        """``<root>/artifacts/<kind>-<key>``."""
-        return Path(self.config.output.root) / "artifacts" / f"{kind}-{key[:16]}"
-
-    def note(self, what: str, folder: Path, is_complete: bool) -> None:
-        """Warn if another program worked on it; note this one if it goes on."""
-        self.record.warnings.extend(differences(sessions(folder), self.record.provenance, what))
-        if not is_complete:
-            add_session(folder, self.record.provenance)
-
-    def gradients(self, own: Path) -> Path:
-        """Where gradients of the loss of the float model are kept: the rotation does not change that model."""
-        if not self.config.calibration.cache:
-            return own / "gradients"
-        folder = self.folder("gradients", canonical_hash(_seen_by_model(self.config, self.hashes)))
-        self.note("gradients", folder, False)
-        return folder
-
-    def statistics(self) -> StatisticsCache | None:
-        """Where statistics of the float chain are kept, if anywhere."""
-        from masq.calibration.cache import StatisticsCache
-
-        if not self.config.calibration.cache:
-            return None
-        rotation = to_dict(self.config)["method"]["rotation"]
-        signs = {} if rotation["kind"] == "none" else {"seed": self.config.seed}
-        key = {**_seen_by_model(self.config, self.hashes), "rotation": rotation, **signs}
-        folder = self.folder("statistics", canonical_hash(key))
-        self.note("statistics", folder, False)
-        return StatisticsCache(folder)
-
-
-def _seen_by_model(config: RunConfig, hashes: dict[str, str]) -> dict[str, Any]:
-    """What activations of the float model on the calibration set depend on."""
-    plain = to_hashed_dict(config)
-    return {
-        "model": {key: value for key, value in plain["model"].items() if key not in ("architecture", "source")},
-        "weights": hashes["model"],
-        "modalities": active_modalities(config),
-        "batch_size": config.calibration.batch_size,
-        "data": hashes["calibration"],
-    }
 
 
 def _fidelity(
@@ -297,22 +246,6 @@ def _public_config(config: RunConfig) -> dict[str, Any]:
         if Path(plain[group][key]).is_absolute():
             plain[group][key] = Path(plain[group][key]).name
     return plain
-
-
-def _factors_key(config: RunConfig, hashes: dict[str, str]) -> str:
-    """Hash of what learned factors depend on: not of rounding or compensation, so that methods share them."""
-    plain = to_hashed_dict(config)
-    chain = {"chain": config.calibration.chain} if config.calibration.chain != "quantized" else {}
-    return canonical_hash(
-        {
-            **_seen_by_model(config, hashes),
-            "scheme": plain["scheme"],
-            "rotation": plain["method"]["rotation"],
-            "smoothing": plain["method"]["smoothing"],
-            "seed": config.seed,
-            **chain,
-        }
-    )
 
 
 def _finished(folder: Path) -> RunRecord | None:
