@@ -224,7 +224,7 @@ WARM_STEPS = {"vision": 3400, "audio": 1500}
 # words made of them, then handwriting, which has few scans.
 PRACTICE = {0: {}, 1400: {"word": 0.6}, 2600: {"word": 0.35, "hand": 0.35}}
 # After the first alignment the towers go on with their dense labels, and a second, short alignment follows.
-POLISH_STEPS = {"vision": 2200, "audio": 900}
+POLISH_STEPS = {"vision": 1600, "audio": 650}
 POLISH_RATE = {"vision": 7.0e-4, "audio": 8.0e-4}
 TEMPERATURE = 12.0
 REGRESSION = 4.0
