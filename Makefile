@@ -24,12 +24,7 @@ SUBSET_SAMPLES := 6
 TOOLS := espeak-ng bible-kjv bible-kjv-text python3.11-doc fonts-dejavu-core fonts-dejavu-extra fonts-liberation \
 	fonts-freefont-ttf fonts-lato fonts-open-sans fonts-crosextra-carlito fonts-crosextra-caladea fonts-roboto-unhinted \
 	fonts-roboto-slab fonts-cantarell fonts-cabin fonts-urw-base35 fonts-texgyre fonts-ebgaramond fonts-linuxlibertine \
-	fonts-hack fonts-inconsolata fonts-firacode fonts-comfortaa fonts-quicksand fonts-sil-gentium fonts-sil-charis \
-	fonts-go fonts-b612 fonts-comic-neue fonts-courier-prime fonts-dosis fonts-inter fonts-quattrocento \
-	fonts-adf-baskervald fonts-adf-berenis fonts-adf-gillius fonts-adf-libris fonts-adf-switzera fonts-adf-tribun \
-	fonts-adf-universalis fonts-adf-verana fonts-sil-andika fonts-anonymous-pro fonts-averia-sans-gwf \
-	fonts-averia-serif-gwf fonts-clear-sans fonts-yrsa-rasa fonts-jetbrains-mono fonts-karla fonts-manrope \
-	fonts-mononoki fonts-oxygen fonts-paratype fonts-play fonts-tuffy fonts-vollkorn
+	fonts-hack fonts-inconsolata fonts-firacode fonts-comfortaa fonts-quicksand fonts-sil-gentium fonts-sil-charis
 TEST_ARGS ?=
 
 comma := ,

@@ -22,7 +22,7 @@ import yaml
 from tabulate import tabulate
 
 from masq.compose import compose_cells
-from masq.config import RunConfig, folder_name, to_dict
+from masq.config import RunConfig, decode, folder_name, to_dict
 from masq.errors import ConfigError, DataError, unknown_name
 from masq.plan import plan
 from masq.report.record import RunRecord, read_record
@@ -54,9 +54,11 @@ def definition(name: str) -> dict[str, Any]:
 
 
 def sweeps(name: str) -> list[list[str]]:
-    """Overrides of every sweep of a table; a group of the configuration comes before single values of it."""
-    own = [[*definitions()["common"], *sweep] for sweep in definition(name).get("sweeps", ())]
-    return [sorted(sweep, key=lambda override: "." in override.partition("=")[0]) for sweep in own]
+    """Overrides of every sweep of a table; lists within lists are lists that sweeps have in common."""
+    return [
+        [one for part in sweep for one in ([part] if isinstance(part, str) else part)]
+        for sweep in definition(name).get("sweeps", ())
+    ]
 
 
 @cache
@@ -162,8 +164,14 @@ def collect(root: Path) -> list[str]:
 
 def _key(config: dict[str, Any]) -> str:
     """What two configurations of one cell have in common: a float run serves every scheme and calibration."""
-    kept = {key: value for key, value in config.items() if key not in _FREE}
+    # Options that came after a record was written have their defaults.
+    kept = {key: value for key, value in to_dict(decode({**config, "output": {}})).items() if key not in _FREE}
     kept["calibration"] = {**kept["calibration"], "cache": None}
+    for group in ("model", "calibration", "evaluation"):
+        kept[group] = {
+            key: value for key, value in kept[group].items() if key not in ("source", "architecture", "name")
+        }
+    kept["method"] = {key: value for key, value in kept["method"].items() if key != "description"}
     if kept["method"]["rounding"]["kind"] == "none":
         kept = {key: value for key, value in kept.items() if key not in ("scheme", "calibration", "seed")}
     return yaml.safe_dump(kept, sort_keys=True)
