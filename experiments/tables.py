@@ -137,14 +137,14 @@ def finished_runs(root: Path) -> Iterator[tuple[Path, RunRecord]]:
             yield path, record
 
 
-def collect(root: Path) -> list[str]:
+def collect(root: Path) -> dict[str, int]:
     """Copy records of finished runs into ``results/records``, and drop those of cells that no table has any more.
 
     Returns:
-        The cells without a record, as ``table/cell``.
+        How many cells of each table have no record.
     """
     by_config = {_key(record.config): path for path, record in finished_runs(root)}
-    missing = []
+    missing = {}
     for name in definitions()["tables"]:
         folder = RESULTS / "records" / name
         wanted = {cell_name(config): config for config in cells(name)}
@@ -153,12 +153,10 @@ def collect(root: Path) -> list[str]:
                 path.unlink()
         for cell, config in wanted.items():
             found = by_config.get(_key(to_dict(config)))
-            target = folder / f"{cell}.json"
             if found is not None:
                 folder.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(found, target)
-            elif not target.exists():
-                missing.append(f"{name}/{cell}")
+                shutil.copyfile(found, folder / f"{cell}.json")
+        missing[name] = sum(not (folder / f"{cell}.json").exists() for cell in wanted)
     return missing
 
 
@@ -222,7 +220,8 @@ def main() -> None:
         else:
             missing = collect(Path(options.root))
             print(f"written: {', '.join(write()) or 'nothing'}")
-            print(f"not run: {', '.join(missing) or 'nothing'}")
+            left = [f"{count} of {len(cells(name))} cells of {name}" for name, count in missing.items() if count]
+            print(f"not run: {', '.join(left) or 'nothing'}")
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -90,8 +90,24 @@ def plan(config: RunConfig) -> Plan:
         disk_bytes=_disk(config, sizes, weights, workload),
         seconds=_seconds(config, sizes, parameters, workload),
         steps=tuple(_steps(config, sizes, workload)),
-        notes=(*notes(config), "time is an order of magnitude; parameters are exact where the towers' sizes are given"),
+        notes=(
+            *notes(config),
+            *_absent_files(config),
+            "time is an order of magnitude; parameters are exact where the towers' sizes are given",
+        ),
     )
+
+
+def _absent_files(config: RunConfig) -> list[str]:
+    """Data that a run would ask for and this machine does not have: the run may be meant for another one."""
+    sources = {"evaluation": config.evaluation.source}
+    if not config.method.is_float:
+        sources["calibration"] = config.calibration.source
+    return [
+        f"{split}.source={source} is not on this machine"
+        for split, source in sources.items()
+        if source != "auto" and not Path(source).expanduser().is_file()
+    ]
 
 
 def render(planned: Plan) -> str:

@@ -217,3 +217,17 @@ def test_a_hub_id_without_sizes_says_what_to_give() -> None:
     config = replace(config, model=replace(config.model, architecture=None, source="someone/some-model"))
     with pytest.raises(ConfigError, match="model.architecture"):
         plan(config)
+
+
+def test_data_that_are_not_there_are_named(tmp_path: Path) -> None:
+    there = tmp_path / "there.parquet"
+    there.touch()
+
+    def absent(config: RunConfig) -> list[str]:
+        evaluation = replace(config.evaluation, source=str(there))
+        calibration = replace(config.calibration, source="elsewhere.parquet")
+        planned = plan(replace(config, evaluation=evaluation, calibration=calibration))
+        return [note for note in planned.notes if "not on this machine" in note]
+
+    assert absent(configured()) == ["calibration.source=elsewhere.parquet is not on this machine"]
+    assert absent(configured("method=none")) == []

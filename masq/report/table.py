@@ -106,12 +106,15 @@ def available_columns(records: Sequence[RunRecord]) -> list[Column]:
 def footnotes(records: Sequence[RunRecord]) -> list[str]:
     """What a reader must know to read the numbers: sample counts, the float model, failures and fallbacks."""
     notes = [*_sample_notes(records), *_model_notes(records)]
+    by_text: dict[str, dict[str, None]] = {}
     for record in records:
-        name = f"{record.method} at {record.scheme}"
+        texts = list(record.warnings)
         if record.status != "finished":
             failure = record.failure or {"kind": "not finished", "message": ""}
-            notes.append(f"{name}: {failure['kind']}: {failure['message']}".rstrip(": "))
-        notes += [f"{name}: {warning}" for warning in record.warnings]
+            texts.insert(0, f"{failure['kind']}: {failure['message']}".rstrip(": "))
+        for text in texts:
+            by_text.setdefault(text, {})[f"{record.method} at {record.scheme}"] = None
+    notes += [f"{', '.join(names)}: {text}" for text, names in by_text.items()]
     if any(not s.get("valid", True) for r in records for metrics in r.scores.values() for s in metrics.values()):
         notes.append("(!): too many answers failed for this score to be valid.")
     return list(dict.fromkeys(notes))

@@ -197,3 +197,11 @@ def test_a_score_that_is_not_valid_is_marked_and_never_best() -> None:
     assert rows[3][-1] == "**0.500 ± 0.050**"
     assert "(!): too many answers failed" in text
     assert "(!)" not in table([make_record("rtn")])
+
+
+def test_rows_with_the_same_note_share_it() -> None:
+    records = [make_record(method) for method in ("rtn", "gptq", "awq")]
+    records[0].warnings = records[2].warnings = ["no calibration token of modality audio", "another"]
+    notes = footnotes(records)
+    assert "rtn at w4a6, awq at w4a6: no calibration token of modality audio" in notes
+    assert sum("another" in note for note in notes) == 1
