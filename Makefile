@@ -84,7 +84,7 @@ check: $(STAMP)  ## ruff, pyright, import contracts, and every configuration com
 table: $(STAMP)  ## write results/tables from finished runs and committed records
 	@$(PYTHON) -m experiments.tables write --root $(RESULTS_ROOT)
 	@mkdir -p results/records
-	@cp $(RESULTS_ROOT)/misalignment-*.json results/records/ 2>/dev/null || true
+	@for file in $(wildcard $(RESULTS_ROOT)/misalignment-*.json); do cp "$$file" results/records/; done
 	@$(PYTHON) -m experiments.misalignment.report --output results/tables/discrimination.md
 
 results: $(STAMP)  ## run all cells of the tables (hours: python -m experiments.tables plan), then write them

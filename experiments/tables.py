@@ -130,11 +130,10 @@ def plan_text(names: Sequence[str]) -> str:
 
 
 def finished_runs(root: Path) -> Iterator[tuple[Path, RunRecord]]:
-    """Finished records under ``root``."""
-    for path in sorted(root.glob("*/record.json")):
-        record = read_record(path)
-        if record.status == "finished":
-            yield path, record
+    """Finished records under ``root``, the latest last: of two runs of one cell, on other weights say, it counts."""
+    found = [(path, read_record(path)) for path in root.glob("*/record.json")]
+    finished = [(path, record) for path, record in found if record.status == "finished"]
+    yield from sorted(finished, key=lambda pair: str(pair[1].provenance["finished"]))
 
 
 def collect(root: Path) -> dict[str, int]:
@@ -143,7 +142,7 @@ def collect(root: Path) -> dict[str, int]:
     Returns:
         How many cells of each table have no record.
     """
-    by_config = {_key(record.config): path for path, record in finished_runs(root)}
+    by_config = {key(record.config): path for path, record in finished_runs(root)}
     missing = {}
     for name in definitions()["tables"]:
         folder = RESULTS / "records" / name
@@ -152,7 +151,7 @@ def collect(root: Path) -> dict[str, int]:
             if path.stem not in wanted:
                 path.unlink()
         for cell, config in wanted.items():
-            found = by_config.get(_key(to_dict(config)))
+            found = by_config.get(key(to_dict(config)))
             if found is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(found, folder / f"{cell}.json")
@@ -160,16 +159,19 @@ def collect(root: Path) -> dict[str, int]:
     return missing
 
 
-def _key(config: dict[str, Any]) -> str:
+def key(config: dict[str, Any]) -> str:
     """What two configurations of one cell have in common: a float run serves every scheme and calibration."""
     # Options that came after a record was written have their defaults.
-    kept = {key: value for key, value in to_dict(decode({**config, "output": {}})).items() if key not in _FREE}
-    kept["calibration"] = {**kept["calibration"], "cache": None}
-    for group in ("model", "calibration", "evaluation"):
-        kept[group] = {
-            key: value for key, value in kept[group].items() if key not in ("source", "architecture", "name")
-        }
-    kept["method"] = {key: value for key, value in kept["method"].items() if key != "description"}
+    kept = {name: value for name, value in to_dict(decode({**config, "output": {}})).items() if name not in _FREE}
+    # Where things lie, and names that change nothing.
+    free = {
+        "model": ("source", "architecture"),
+        "method": ("description",),
+        "calibration": ("source", "cache"),
+        "evaluation": ("source", "name"),
+    }
+    for group, names in free.items():
+        kept[group] = {name: value for name, value in kept[group].items() if name not in names}
     if kept["method"]["rounding"]["kind"] == "none":
         kept = {key: value for key, value in kept.items() if key not in ("scheme", "calibration", "seed")}
     return yaml.safe_dump(kept, sort_keys=True)
