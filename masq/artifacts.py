@@ -1,8 +1,8 @@
 """What several runs of one output root share, in folders named by what their content depends on.
 
-Learned smoothing factors, gradients of the loss of the float model, statistics of its activations. A hash of everything
-the content depends on is part of the folder's name, so a folder is never stale; another program that worked on it is a
-warning in the record.
+Learned smoothing factors, gradients of the loss of the float model, statistics of its activations, its outputs. A hash
+of everything the content depends on is part of the folder's name, so a folder is never stale; another program that
+worked on it is a warning in the record.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ class Artifacts:
             "weights": hashes["model"],
             "modalities": active_modalities(config),
             "batch_size": config.calibration.batch_size,
-            "data": hashes["calibration"],
+            "data": hashes.get("calibration"),
         }
         """What the activations of the float model on the calibration set depend on."""
+        self.evaluation = hashes["evaluation"]
 
     def note(self, what: str, folder: Path, is_complete: bool) -> None:
         """Warn if another program worked on ``folder``; note this one if it goes on."""
@@ -70,6 +71,15 @@ class Artifacts:
         folder = self._folder("statistics", {**self.float_model, "rotation": rotation, **signs})
         self.note("statistics", folder, False)
         return StatisticsCache(folder)
+
+    def float_outputs(self) -> Path | None:
+        """Outputs of the float model on the evaluation samples; None unless they are kept."""
+        if not self.config.evaluation.keep_float:
+            return None
+        own = {key: value for key, value in self.float_model.items() if key not in ("batch_size", "data")}
+        folder = self._folder("outputs", {**own, "evaluation": self.evaluation})
+        self.note("float outputs", folder, False)
+        return folder
 
     def _folder(self, kind: str, depends_on: Mapping[str, Any]) -> Path:
         return Path(self.config.output.root) / "artifacts" / f"{kind}-{canonical_hash(depends_on)[:16]}"

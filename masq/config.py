@@ -204,7 +204,7 @@ def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
     ):
         if group.get(key) == not_there:
             group.pop(key, None)
-    del plain["calibration"]["cache"]
+    del plain["calibration"]["cache"], plain["evaluation"]["keep_float"]
     return plain
 
 

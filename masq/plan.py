@@ -179,8 +179,11 @@ def _memory(
 
 
 def _disk(config: RunConfig, sizes: Architecture, weights: Stored, workload: _Workload) -> float:
-    """Block checkpoints hold a byte per code; answers and the record are small."""
+    """Block checkpoints hold a byte per code; answers and the record are small, outputs of the float model are not."""
     text = 300.0 * workload.evaluation_samples + 200_000
+    if config.evaluation.keep_float:
+        tokens = _compared(config, workload) * workload.sample_tokens
+        text += tokens * sizes.num_layers * sizes.hidden_size * DTYPE_BYTES[config.model.dtype]
     if config.method.is_float or config.scheme.weight is None:
         return text
     norms = 2 * sizes.num_layers * sizes.hidden_size * 4
@@ -196,8 +199,7 @@ def _seconds(
     per_token = 2.0 * (parameters["decoder"] + parameters["towers"])
     per_answer = per_token * config.evaluation.max_new_tokens + 2.0 * sizes.vocab_size * sizes.hidden_size
     cost = 1.0 if config.method.is_float else _SIMULATION_COST
-    fidelity = config.evaluation.fidelity_samples_per_task
-    compared = workload.evaluation_samples if fidelity is None else workload.num_tasks * fidelity
+    compared = _compared(config, workload)
     head = 2.0 * sizes.vocab_size * sizes.hidden_size
     result = {
         "evaluation": cost * (per_token * workload.evaluation_tokens + per_answer * workload.evaluation_samples),
@@ -220,6 +222,12 @@ def _seconds(
             result["compensation"] = sides * sizes.num_layers * len(workload.other_modalities)
         result["rounding"] = _rounding_products(config, sizes)
     return {stage: flops / speed for stage, flops in result.items() if flops}
+
+
+def _compared(config: RunConfig, workload: _Workload) -> int:
+    """Samples behind SQNR, NLL and KL."""
+    count = config.evaluation.fidelity_samples_per_task
+    return workload.evaluation_samples if count is None else workload.num_tasks * count
 
 
 def _rounding_products(config: RunConfig, sizes: Architecture) -> float:

@@ -117,7 +117,8 @@ def _fill(
         record.health = result.health
         record.warnings.extend(result.warnings)
     with _timed(record, "fidelity"):
-        record.fidelity = _fidelity(config, load(model), adapter, data["evaluation"], folder)
+        kept = Artifacts(config, hashes, record).float_outputs()
+        record.fidelity = _fidelity(config, load(model), adapter, data["evaluation"], folder, kept)
     handle.remove()
     record.peak_memory_bytes = peak_memory(config.model.device)
 
@@ -170,14 +171,20 @@ def _quantize(
 
 
 def _fidelity(
-    config: RunConfig, reference: ModelAdapter, adapter: ModelAdapter, samples: list[Sample], folder: Path
+    config: RunConfig,
+    reference: ModelAdapter,
+    adapter: ModelAdapter,
+    samples: list[Sample],
+    folder: Path,
+    kept: Path | None,
 ) -> dict[str, Any]:
     """SQNR, NLL and KL against the float model on held-out samples."""
     from masq.calibration.data import batches, limit_per_task
     from masq.evaluation.fidelity import fidelity
 
     samples = limit_per_task(samples, config.evaluation.fidelity_samples_per_task)
-    return fidelity(reference, adapter, batches(samples, config.evaluation.batch_size), folder / "fidelity")
+    groups = batches(samples, config.evaluation.batch_size)
+    return fidelity(reference, adapter, groups, folder / "fidelity", keep=kept)
 
 
 def _data(config: RunConfig) -> tuple[dict[str, list[Sample]], dict[str, str]]:

@@ -412,6 +412,7 @@ SETTINGS_WITHOUT_EFFECT: list[tuple[str, object]] = [
     ("calibration.source", "/elsewhere.parquet"),
     ("evaluation.source", "/elsewhere.parquet"),
     ("calibration.cache", False),
+    ("evaluation.keep_float", True),
 ]
 SETTINGS_WITH_EFFECT: list[tuple[str, object]] = [
     ("seed", 1),

@@ -227,6 +227,19 @@ def test_runs_share_what_is_known_of_the_float_model(splits: dict[str, Path], tm
     assert again == files
 
 
+def test_runs_share_the_outputs_of_the_float_model(splits: dict[str, Path], tmp_path: Path) -> None:
+    """They lie beside the runs, by content; a run that keeps none ends the same."""
+    evaluation = {"batch_size": 2, "max_new_tokens": 3, "source": str(splits["evaluation"]), "score": False}
+    alone = run(config(splits, tmp_path / "alone", evaluation=evaluation))
+    kept = run(config(splits, tmp_path / "kept", evaluation={**evaluation, "keep_float": True}))
+    assert (alone.identity, alone.fidelity) == (kept.identity, kept.fidelity)
+    (folder,) = (tmp_path / "kept" / "artifacts").glob("outputs-*")
+    files = {file: file.stat().st_mtime_ns for file in folder.glob("*.safetensors")}
+    assert files
+    run(config(splits, tmp_path / "kept", scheme="w8a8", evaluation={**evaluation, "keep_float": True}))
+    assert {file: file.stat().st_mtime_ns for file in folder.glob("*.safetensors")} == files
+
+
 def test_fidelity_alone(splits: dict[str, Path], tmp_path: Path) -> None:
     """No task is scored, and the comparison with the float model is the one of a run with scores."""
     evaluation = {"batch_size": 2, "max_new_tokens": 3, "source": str(splits["evaluation"])}

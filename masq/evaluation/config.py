@@ -22,6 +22,9 @@ class EvaluationConfig:
         split: of the data of an embedded model: ``evaluation``, or ``final``, kept for tables in which nothing is
             chosen any longer.
         fidelity_samples_per_task: samples of each task behind SQNR, NLL and KL, None for all scored ones.
+        keep_float: keep what the float model makes of those samples for other runs with the same output root. Changes
+            no result. Takes a number of the model's dtype for each token, block and channel; about 3 GB for
+            ``smol_omni`` and 43 samples of each task.
         score: whether tasks are scored; if not, the model is only compared with the float model (SQNR, NLL, KL).
         max_failure_share: a task with a larger share of empty, truncated or repeating answers fails its score.
     """
@@ -34,6 +37,7 @@ class EvaluationConfig:
     source: str = "auto"
     split: Literal["evaluation", "final"] = "evaluation"
     fidelity_samples_per_task: int | None = None
+    keep_float: bool = False
     score: bool = True
     max_failure_share: float = 0.5
 

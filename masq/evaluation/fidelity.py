@@ -9,14 +9,14 @@ Shapes: B batch, T tokens, R answer tokens, d hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from masq.errors import DataError, NumericalError
 from masq.evaluation.batch_store import BatchStore, Progress, ProgressLog, named_batches, run_batches
+from masq.evaluation.float_outputs import FloatBatch, FloatOutputs, block_outputs
 from masq.evaluation.likelihood import (
     ROWS_PER_CHUNK,
     head_inputs,
@@ -33,8 +33,6 @@ from masq.numerics.sqnr import token_sqnr
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import nn
-
     from masq.models.base import EncodedBatch, ModelAdapter, Sample
 
 FIRST = "first"
@@ -50,6 +48,7 @@ def fidelity(
     batches: Sequence[Sequence[Sample]],
     folder: Path,
     progress: Progress | None = None,
+    keep: Path | None = None,
 ) -> dict[str, Any]:
     """Compare a quantized model with its float original on held-out samples.
 
@@ -67,6 +66,7 @@ def fidelity(
         batches: samples in batches that never change between runs (``masq.calibration.data.batches``).
         folder: sums of finished batches are kept there; it must not be shared between models.
         progress: told after every batch; logs a line by default.
+        keep: where outputs of the float model are kept for other calls, see ``FloatOutputs``.
 
     Returns:
         ``sqnr`` {text, vision, audio} headline in dB, ``sqnr_first`` the same for first tokens,
@@ -82,9 +82,11 @@ def fidelity(
     if not any(batches):
         raise DataError("fidelity needs at least one sample", value=0)
 
+    outputs = FloatOutputs(reference, keep)
+
     def compute(samples: Sequence[Sample]) -> list[dict[str, Any]]:
         batch = reference.encode(samples, with_answer=True)
-        measured = _compare(reference, quantized, batch)
+        measured = _compare(reference, quantized, batch, outputs(samples, batch))
         return [
             {"id": sample.id, "kind": sample_kind(sample), **sums}
             for sample, sums in zip(samples, measured, strict=True)
@@ -100,12 +102,12 @@ def sample_kind(sample: Sample) -> str:
     return "joint" if len(media) > 1 else next((modality.name.lower() for modality in media), "text")
 
 
-def _compare(reference: ModelAdapter, quantized: ModelAdapter, batch: EncodedBatch) -> list[dict[str, Any]]:
+def _compare(
+    reference: ModelAdapter, quantized: ModelAdapter, batch: EncodedBatch, known: FloatBatch
+) -> list[dict[str, Any]]:
     """Sums of one batch by sample: SQNR by group and block, numbers of tokens, NLL, KL."""
     groups = token_groups(batch.modality)
-    outputs: list[torch.Tensor] = []
-    with _block_outputs(reference, lambda _index, output: outputs.append(output)):
-        rows_float = head_inputs(reference, batch)
+    outputs = known.blocks
     for number, output in enumerate(outputs):
         _require_finite(output, groups, f"block {number} of the float model")
     sqnr: list[torch.Tensor] = []
@@ -119,9 +121,9 @@ def _compare(reference: ModelAdapter, quantized: ModelAdapter, batch: EncodedBat
         sqnr.append(torch.stack([tokens.where(mask, 0.0).sum(1) for mask in groups.values()]))
 
     on_device = batch.to(quantized.model.device)
-    with _block_outputs(quantized, measure):
+    with block_outputs(quantized, measure):
         rows_quantized = head_inputs(quantized, on_device)
-    likelihoods = _likelihoods(reference, quantized, batch, rows_float, rows_quantized)
+    likelihoods = _likelihoods(reference, quantized, batch, known.rows, rows_quantized)
     counts = torch.stack([mask.sum(1) for mask in groups.values()])
     return [
         {
@@ -149,24 +151,6 @@ def token_groups(modality: torch.Tensor) -> dict[str, torch.Tensor]:
 def _present(groups: dict[str, torch.Tensor], counts: torch.Tensor, values: torch.Tensor) -> dict[str, Any]:
     """Values by name of the groups that have tokens."""
     return {name: value.tolist() for name, count, value in zip(groups, counts, values, strict=True) if count}
-
-
-@contextmanager
-def _block_outputs(adapter: ModelAdapter, observe: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Call ``observe`` with the number and the output [B, T, d] of each decoder block, while the context lasts."""
-
-    def hook(index: int) -> Callable[..., None]:
-        def after(_module: nn.Module, _args: Any, output: Any) -> None:
-            observe(index, output[0] if isinstance(output, tuple) else output)
-
-        return after
-
-    handles = [block.module.register_forward_hook(hook(index)) for index, block in enumerate(adapter.blocks())]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _require_finite(output: torch.Tensor, groups: dict[str, torch.Tensor], name: str) -> None:

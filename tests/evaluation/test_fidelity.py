@@ -188,6 +188,28 @@ def test_choices_count_by_the_right_one(make_model: Make, choices: list[Sample],
     assert result["nll_float"]["text"] == pytest.approx(sum(expected) / num_tokens, rel=1e-5)
 
 
+def test_kept_float_outputs_change_nothing(
+    make_model: Make, samples: list[Sample], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference, quantized, other = make_model(), make_model(noise=0.1), make_model(noise=0.2)
+    plain = [fidelity(reference, model, batches(samples, 2), tmp_path / str(id(model))) for model in (quantized, other)]
+    keep = tmp_path / "kept"
+    first = fidelity(reference, quantized, batches(samples, 2), tmp_path / "first", keep=keep)
+    files = sorted(keep.iterdir())
+    assert len(files) == len(batches(samples, 2))
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the float model ran although its outputs are kept")
+
+    handle = reference.blocks()[0].module.register_forward_pre_hook(refuse)
+    second = fidelity(reference, other, batches(samples, 2), tmp_path / "second", keep=keep)
+    handle.remove()
+    assert [first, second] == plain
+    files[0].write_bytes(files[0].read_bytes()[:-1] + b"?")
+    assert fidelity(reference, other, batches(samples, 2), tmp_path / "third", keep=keep) == second
+    assert "computed again" in caplog.text
+
+
 def num_hooks(adapter: ModelAdapter) -> int:
     modules = list(adapter.model.modules())
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
