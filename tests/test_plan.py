@@ -152,7 +152,7 @@ def test_the_float_model_is_only_scored() -> None:
     assert set(planned.seconds) == {"evaluation", "fidelity"}
     assert not any("calibrate" in step or "quantize" in step for step in planned.steps)
     assert planned.disk_bytes < 1e7
-    kept = plan(configured("method=none", "scheme=w16a16", "evaluation=fidelity", "evaluation.keep_float=true"))
+    kept = plan(configured("method=none", "scheme=w16a16", "evaluation=fidelity", "+evaluation.keep_float=true"))
     assert 1e9 < kept.disk_bytes < 1e10
 
 
