@@ -11,7 +11,7 @@ from experiments.independent.verdicts import DIFFERENT, EQUAL, RULE
 from masq.calibration.statistics import GroupAccumulator, GroupStatistics, TokenSample
 from masq.numerics.affine import fake_quantize
 from masq.numerics.scheme import TensorFormat
-from masq.transforms.search import SearchedLinear, awq_factor, pooled_abs_mean, search, token_error
+from masq.transforms.search import SearchedLinear, awq_factor, pooled_abs_mean, search, token_errors
 from masq.transforms.smoothing import shared_factor, smoothing_factor, weight_abs_max
 
 Spec = dict[str, Any]
@@ -78,7 +78,7 @@ def awq_figures(spec: Spec, module: str, tensors: Tensors, theirs: Tensors) -> S
     exact = [F.linear(rows, weight) for weight in own]
     # On tokens and in float32, as the package: exact ties may fall the other way in float64.
     measured = [
-        token_error(rows, exact, linears, candidate, squared=True)
+        float(token_errors(rows, exact, linears, candidate, squared=True).mean())
         if spec["objective"] == "linear"
         else mlp_error(module, tensors, candidate, fmt)
         for candidate in candidates

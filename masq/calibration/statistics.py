@@ -17,6 +17,8 @@ from masq.models.base import Modality
 
 # Rows converted to float64 at a time: bounds the temporary without slowing the product.
 _ROWS_PER_CHUNK = 4096
+# The moment is symmetric: of 4 x 4 blocks of it, 10 are computed.
+_COLUMN_BLOCKS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,15 +110,19 @@ class SecondMoment:
         """Take in rows [N, D] of one modality, N >= 1."""
         if self._sum is None:
             self._sum = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+        size = -(-rows.shape[1] // _COLUMN_BLOCKS)
         for chunk in rows.split(_ROWS_PER_CHUNK):
             exact = chunk.double()
-            self._sum.addmm_(exact.t(), exact)
+            # Blocks on and right of the diagonal; the others mirror them.
+            for start in range(0, rows.shape[1], size):
+                self._sum[start : start + size, start:].addmm_(exact[:, start : start + size].t(), exact[:, start:])
         self._num_tokens += rows.shape[0]
 
     def result(self) -> torch.Tensor:
         """Float64 [D, D], the mean over tokens, made exactly symmetric."""
         assert self._sum is not None
-        return (self._sum + self._sum.t()) / (2 * self._num_tokens)
+        upper = self._sum.triu()
+        return (upper + upper.triu(1).t()) / self._num_tokens
 
 
 class GroupAccumulator:

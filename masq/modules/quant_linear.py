@@ -14,7 +14,7 @@ from torch.nn import functional
 from masq.errors import ModelError
 from masq.models.base import Modality
 from masq.numerics.affine import QuantizedTensor, quantize
-from masq.numerics.integer_gemm import integer_matmul
+from masq.numerics.integer_gemm import scaled_matmul
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -141,8 +141,7 @@ class QuantLinear(nn.Module):
             y_no = functional.linear(codes.float(), dense)
             return y_no if scale is None else y_no * scale
         assert scale is not None
-        y_no = integer_matmul(codes, getattr(self, f"codes_{weight}")).float()
-        return y_no.mul_(scale).mul_(getattr(self, f"scale_{weight}").view(1, -1))
+        return scaled_matmul(codes, scale, getattr(self, f"codes_{weight}"), getattr(self, f"scale_{weight}"))
 
     def _add_correction(
         self, y_no: torch.Tensor, rows_ni: torch.Tensor, modality: torch.Tensor, which: Modality, dtype: torch.dtype

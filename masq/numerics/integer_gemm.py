@@ -46,6 +46,23 @@ def integer_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return float_matmul(a, b)
 
 
+def scaled_matmul(
+    a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor
+) -> torch.Tensor:  # float32 [M, N]
+    """``(a * a_scale) @ (b * b_scale).T``: the exact integer product, rounded once to float32, then scaled.
+
+    Args:
+        a: int8 [M, K].
+        a_scale: float32 [M, 1].
+        b: int8 [N, K].
+        b_scale: float32 [N, 1].
+
+    Raises:
+        NumericalError: as ``integer_matmul``.
+    """
+    return integer_matmul(a, b).float().mul_(a_scale).mul_(b_scale.view(1, -1))
+
+
 def float_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b.T`` of int8 codes [M, K] and [N, K] by float32 products: exact int32 [M, N] on any device."""
     out = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)

@@ -40,11 +40,12 @@ def search_clip(weight: torch.Tensor, moment: torch.Tensor, fmt: TensorFormat, c
 
     Minimises ``E |(w - Q(w)) x|^2 = e H e^T`` over the shares 1, 1 - 1/steps, .. >= ``min_ratio``, e being the error of
     a row and H the second moment of the input; of equal errors the larger share wins. Groups of a row are searched
-    apart, each with its own block of H; a row whose groups together are not better in the whole of H keeps its full
-    range. So no row is worse than without clipping. A range shrinks towards zero, whose code stays where it is.
+    apart, each with its own block of H. Shares are compared in float32; a row that is not better than with its full
+    range in the whole of H, in float64, keeps that. So no row is worse than without clipping. A range shrinks towards
+    zero, whose code stays where it is.
 
     Args:
-        weight: [O, I]; computed in float64.
+        weight: [O, I].
         moment: H = E x x^T, [I, I].
         fmt: bits, symmetry, ``per_channel`` or ``per_group``.
         config: the shares; whether H counts as a whole or by its diagonal.
@@ -58,15 +59,15 @@ def search_clip(weight: torch.Tensor, moment: torch.Tensor, fmt: TensorFormat, c
     scale, zero_point = fit_scale(original, fmt)
     ratio = torch.ones(scale.shape, dtype=torch.float64, device=scale.device)
     least: torch.Tensor | None = None
+    quick, quick_measure = original.float(), measure.float()
     for share in config.shares:
-        errors = _group_errors(original, _at(scale, zero_point, torch.full_like(ratio, share)), measure, fmt)
+        errors = _group_errors(quick, _at(scale, zero_point, torch.full_like(ratio, share)), quick_measure, fmt)
         least = errors if least is None else least
         better = errors < least
         ratio, least = torch.where(better, share, ratio), torch.where(better, errors, least)
-    if scale.shape[1] > 1:
-        full = _row_errors(original, _at(scale, zero_point, torch.ones_like(ratio)), measure, fmt)
-        kept = _row_errors(original, _at(scale, zero_point, ratio), measure, fmt) < full
-        ratio = torch.where(kept.unsqueeze(1), ratio, 1.0)
+    full = _row_errors(original, _at(scale, zero_point, torch.ones_like(ratio)), measure, fmt)
+    kept = _row_errors(original, _at(scale, zero_point, ratio), measure, fmt) < full
+    ratio = torch.where(kept.unsqueeze(1), ratio, 1.0)
     return _at(scale, zero_point, ratio)
 
 
@@ -96,15 +97,15 @@ def _at(scale: torch.Tensor, zero_point: torch.Tensor | None, ratio: torch.Tenso
 
 
 def _row_errors(original: torch.Tensor, grid: Grid, measure: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
-    return _quadratic(original - round_on(original, grid, fmt).dequantize(torch.float64), measure)
+    return _quadratic(original - round_on(original, grid, fmt).dequantize(original.dtype), measure)
 
 
 def _group_errors(original: torch.Tensor, grid: Grid, measure: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
-    """The error of each group as if it were alone: float64 [O, G]."""
+    """The error of each group as if it were alone: [O, G] in the dtype of ``original``."""
     num_groups = grid.scale.shape[1]
     if num_groups == 1:
         return _row_errors(original, grid, measure, fmt).unsqueeze(1)
-    error = original - round_on(original, grid, fmt).dequantize(torch.float64)
+    error = original - round_on(original, grid, fmt).dequantize(original.dtype)
     parts = error.unflatten(1, (num_groups, -1)).unbind(1)
     size = parts[0].shape[1]
     blocks = [measure[(slice(g * size, (g + 1) * size),) * measure.dim()] for g in range(num_groups)]

@@ -130,7 +130,7 @@ class AwqSmoothing:
     error: Literal["squared", "absolute"] = "squared"
     groups: tuple[GroupName, ...] = _ALL_GROUPS
     fold: bool = True
-    tokens: int = 1024
+    tokens: int = 512
 
     def __post_init__(self) -> None:
         """Reject values out of range.
@@ -161,7 +161,7 @@ class MbqSmoothing:
     error: Literal["squared", "absolute"] = "absolute"
     groups: tuple[GroupName, ...] = _ALL_GROUPS
     fold: bool = True
-    tokens: int = 1024
+    tokens: int = 512
     floor: Literal["median", "none"] = "median"
 
     def __post_init__(self) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional
 
 from masq.errors import NumericalError
-from masq.numerics.affine import fake_quantize
+from masq.numerics.affine import QuantizedTensor, fake_quantize, quantize
+from masq.numerics.integer_gemm import scaled_matmul
 from masq.transforms.config import takes_moments
 from masq.transforms.smoothing import MAX_FACTOR, MIN_FACTOR
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from masq.calibration.statistics import GroupStatistics
     from masq.models.base import Modality
     from masq.numerics.scheme import TensorFormat
+
+# Few enough that what lies between a product and its error stays in the cache of a core.
+_ROWS_PER_CHUNK = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,22 +129,28 @@ def _errors_by_modality(
             which: [moment_error(moment, linears, candidate) for candidate in candidates]
             for which, moment in statistics.second_moment.items()
         }
-    found, squared = {}, error == "squared"
-    for which, rows in statistics.rows.items():
-        exact = [functional.linear(rows, one.weight.float()) for one in linears]
-        found[which] = [token_error(rows, exact, linears, candidate, squared=squared) for candidate in candidates]
+    rows = torch.cat(list(statistics.rows.values()))
+    exact = [functional.linear(rows, one.weight.float()) for one in linears]
+    sizes = [len(own) for own in statistics.rows.values()]
+    found: dict[Modality, list[float]] = {which: [] for which in statistics.rows}
+    for candidate in candidates:
+        errors = token_errors(rows, exact, linears, candidate, squared=error == "squared")
+        for which, own in zip(statistics.rows, errors.split(sizes), strict=True):
+            found[which].append(float(own.mean()))
     return found
 
 
-def token_error(
+def token_errors(
     rows: torch.Tensor,
     exact: Sequence[torch.Tensor],
     linears: Sequence[SearchedLinear],
     factor: torch.Tensor,
     *,
     squared: bool,
-) -> float:
-    """Mean error of an output element on sampled tokens; products in float32, sums in float64.
+) -> torch.Tensor:
+    """Mean error of an output element on each sampled token: float64 [n].
+
+    Products and sums over outputs in float32, the products of integer codes exactly.
 
     Args:
         rows: inputs float32 [n, I].
@@ -150,18 +160,31 @@ def token_error(
         squared: squared errors, else absolute ones.
     """
     smoothed = rows / factor
-    inputs: dict[TensorFormat | None, torch.Tensor] = {None: smoothed}
-    total, count = 0.0, 0
+    inputs: dict[TensorFormat, QuantizedTensor] = {}
+    total, count = torch.zeros(len(rows), dtype=torch.float64, device=rows.device), 0
     for one, target in zip(linears, exact, strict=True):
         fmt = one.activation_format
         if fmt is not None and fmt not in inputs:
-            inputs[fmt] = fake_quantize(smoothed, fmt)
-        weight = fake_quantize(one.weight.float() * factor, one.weight_format)
-        difference = functional.linear(inputs[fmt], weight).sub_(target)
-        difference = difference.square_() if squared else difference.abs_()
-        total += float(difference.sum(dtype=torch.float64))
-        count += difference.numel()
+            inputs[fmt] = quantize(smoothed, fmt)
+        weight = quantize(one.weight.float() * factor, one.weight_format)
+        for chunk in range(0, len(rows), _ROWS_PER_CHUNK):
+            part = slice(chunk, chunk + _ROWS_PER_CHUNK)
+            difference = _product(smoothed, None if fmt is None else inputs[fmt], weight, part).sub_(target[part])
+            difference = difference.square_() if squared else difference.abs_()
+            total[part] += difference.sum(1)
+        count += target.shape[1]
     return total / count
+
+
+def _product(
+    smoothed: torch.Tensor, codes: QuantizedTensor | None, weight: QuantizedTensor, part: slice
+) -> torch.Tensor:
+    """The output of some rows as ``QuantLinear`` computes it, without bias."""
+    if codes is None:
+        return functional.linear(smoothed[part], weight.dequantize())
+    if codes.zero_point is None and weight.zero_point is None and codes.scale.shape[1] == weight.scale.shape[1] == 1:
+        return scaled_matmul(codes.codes[part], codes.scale[part], weight.codes, weight.scale)
+    return functional.linear(codes.dequantize()[part], weight.dequantize())
 
 
 def moment_error(moment: torch.Tensor, linears: Sequence[SearchedLinear], factor: torch.Tensor) -> float:

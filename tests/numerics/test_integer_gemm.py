@@ -7,7 +7,14 @@ import torch
 
 from masq.errors import NumericalError
 from masq.numerics import integer_gemm
-from masq.numerics.integer_gemm import FLOAT_CHUNK, MAX_INNER, float_matmul, has_exact_int_mm, integer_matmul
+from masq.numerics.integer_gemm import (
+    FLOAT_CHUNK,
+    MAX_INNER,
+    float_matmul,
+    has_exact_int_mm,
+    integer_matmul,
+    scaled_matmul,
+)
 
 ROWS = (0, 1, 2, 15, 17, 127)
 SIZES = ((1, 1), (7, 3), (33, 64), (5, 577), (3, 1025), (8, 4096))
@@ -122,3 +129,12 @@ def test_bad_operands_are_refused(a: torch.Tensor, b: torch.Tensor) -> None:
 def test_cuda_gives_the_integers_of_the_cpu(num_rows: int, num_columns: int, num_inner: int) -> None:
     a, b = codes(num_rows, num_inner), codes(num_columns, num_inner, seed=1)
     assert torch.equal(integer_matmul(a.cuda(), b.cuda()).cpu(), float_matmul(a, b))
+
+
+def test_scaled_product_is_that_of_the_scaled_values() -> None:
+    a, b = codes(5, 33), codes(7, 33, seed=1)
+    a_scale, b_scale = torch.rand(5, 1) + 0.1, torch.rand(7, 1) + 0.1
+    found = scaled_matmul(a, a_scale, b, b_scale)
+    expected = (a.double() * a_scale.double()) @ (b.double() * b_scale.double()).t()
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), expected, rtol=1e-6)

@@ -13,7 +13,7 @@ from masq.errors import ConfigError, NumericalError
 from masq.models.base import Modality, Role
 from masq.numerics.scheme import Scheme, TensorFormat
 from masq.transforms.config import AwqSmoothing, MbqSmoothing
-from masq.transforms.search import SearchedLinear, awq_factor, moment_error, pooled_abs_mean, search, token_error
+from masq.transforms.search import SearchedLinear, awq_factor, moment_error, pooled_abs_mean, search, token_errors
 from masq.transforms.smoothing import MAX_FACTOR, MIN_FACTOR
 from masq.transforms.stages import fit_searched
 from tests.nano_fixtures import Nano, nano_model  # noqa: F401
@@ -106,9 +106,12 @@ def test_errors_equal_a_float64_reference(fmt: TensorFormat, activation: TensorF
     for exponent in (0.0, 0.4, 0.9):
         s = awq_factor(pooled_abs_mean(stats), exponent)
         difference = reference(rows, ones, s)
-        expected = float(difference.square().mean() if squared else difference.abs().mean())
+        by_token = difference.square().mean(1) if squared else difference.abs().mean(1)
+        found, expected = token_errors(rows, exact, ones, s, squared=squared), float(by_token.mean())
+        assert found.shape == (len(rows),)
         # A code may fall on the other side of a tie in float32.
-        assert token_error(rows, exact, ones, s, squared=squared) == pytest.approx(expected, rel=0.02)
+        assert float(found.mean()) == pytest.approx(expected, rel=0.02)
+        assert torch.allclose(found.median(), by_token.double().median(), rtol=0.02)
         if squared and activation is None:
             moment = stats.second_moment[Modality.VISION]
             assert moment_error(moment, ones, s) == pytest.approx(expected, rel=1e-4)
