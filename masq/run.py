@@ -14,6 +14,7 @@ from masq.config import (
     RunConfig,
     active_modalities,
     check_sizes,
+    decode,
     identity,
     notes,
     run_folder,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from masq.models.base import ModelAdapter, Sample
     from masq.modules.modality import ModalityContext
+    from masq.pipeline.assembly import Stages
     from masq.report.record import ScoreEntry
 
 _LOG = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ def run(config: RunConfig) -> RunRecord:
     """
     if config.output.wandb:
         require_wandb()
-    data, hashes = _data(config)
+    data, hashes, warnings = _data(config)
     hashes["model"] = _checked_model(config)
     key = identity(config, hashes)
     folder = run_folder(config, key)
@@ -70,7 +72,7 @@ def run(config: RunConfig) -> RunRecord:
     made_by["earlier_sessions"] = sessions(folder)
     add_session(folder, made_by)
     record = RunRecord.start(key, _public_config(config), made_by)
-    record.warnings.extend(notes(config))
+    record.warnings.extend([*notes(config), *warnings])
     record.warnings.extend(differences(made_by["earlier_sessions"], made_by, "parts of this run"))
     reset_peak_memory(config.model.device)
     with _log_file(folder / "log"):
@@ -94,7 +96,6 @@ def _fill(
     record: RunRecord, config: RunConfig, data: dict[str, list[Sample]], hashes: dict[str, str], folder: Path
 ) -> None:
     """The stages of a run, each timed; what is finished is in the record even if a later stage fails."""
-    from masq.evaluation.evaluate import evaluate
     from masq.models.loading import load
     from masq.modules.footprint import footprint
     from masq.modules.modality import install
@@ -107,20 +108,39 @@ def _fill(
     if not config.method.is_float:
         _quantize(record, config, adapter, context, data["calibration"], hashes, folder)
     record.effective_bits = footprint(adapter.blocks()).to_dict()
-    if config.evaluation.score:
+    if config.evaluation.score or config.evaluation.benchmarks:
         with _timed(record, "evaluate"):
-            result = evaluate(adapter, data["evaluation"], config.evaluation, folder)
-        record.scores = {
-            task: {metric: cast("ScoreEntry", score.to_dict()) for metric, score in by.items()}
-            for task, by in result.scores.items()
-        }
-        record.health = result.health
-        record.warnings.extend(result.warnings)
-    with _timed(record, "fidelity"):
-        kept = Artifacts(config, hashes, record).float_outputs()
-        record.fidelity = _fidelity(config, load(model), adapter, data["evaluation"], folder, kept)
+            _score(record, config, adapter, data, folder)
+    if data["evaluation"]:
+        with _timed(record, "fidelity"):
+            kept = Artifacts(config, hashes, record).float_outputs()
+            record.fidelity = _fidelity(config, load(model), adapter, data["evaluation"], folder, kept)
     handle.remove()
     record.peak_memory_bytes = peak_memory(config.model.device)
+
+
+def _score(
+    record: RunRecord, config: RunConfig, adapter: ModelAdapter, data: dict[str, list[Sample]], folder: Path
+) -> None:
+    """Scores of tasks or benchmarks, and what they made of every sample."""
+    from masq.evaluation.batch_store import ProgressLog
+    from masq.evaluation.evaluate import evaluate
+    from masq.evaluation.suite import run_benchmarks
+
+    if config.evaluation.benchmarks:
+        result = run_benchmarks(adapter, config.evaluation, folder, ProgressLog())
+    else:
+        result = evaluate(adapter, data["evaluation"], config.evaluation, folder)
+    record.scores = {
+        task: {metric: cast("ScoreEntry", score.to_dict()) for metric, score in by.items()}
+        for task, by in result.scores.items()
+    }
+    record.outcomes = {
+        task: {metric: outcomes.to_dict() for metric, outcomes in by.items()} for task, by in result.outcomes.items()
+    }
+    record.health = result.health
+    record.warnings.extend(result.warnings)
+    record.provenance["harnesses"] = result.versions
 
 
 def _quantize(
@@ -134,22 +154,10 @@ def _quantize(
 ) -> None:
     """Quantize the model in place and note every block."""
     from masq.calibration.data import batches
-    from masq.pipeline.assembly import Stages
     from masq.pipeline.loop import quantize
     from masq.pipeline.store import BlockStore
-    from masq.rounding.config import NoRounding
 
-    method = config.method
-    assert not isinstance(method.rounding, NoRounding)
-    stages = Stages(
-        method.smoothing,
-        method.rounding,
-        method.compensation,
-        config.scheme,
-        config.seed,
-        method.rotation,
-        config.calibration.chain,
-    )
+    stages = _stages(config)
     artifacts = Artifacts(config, hashes, record)
     factors = BlockStore(artifacts.factors())
     if stages.learns:
@@ -170,6 +178,55 @@ def _quantize(
     record.timings.update(report.seconds)
 
 
+def _stages(config: RunConfig) -> Stages:
+    """The method of a run that quantizes."""
+    from masq.pipeline.assembly import Stages
+    from masq.rounding.config import NoRounding
+
+    method = config.method
+    assert not isinstance(method.rounding, NoRounding)
+    return Stages(
+        method.smoothing,
+        method.rounding,
+        method.compensation,
+        config.scheme,
+        config.seed,
+        method.rotation,
+        config.calibration.chain,
+    )
+
+
+def load_finished(folder: Path, device: str | None = None) -> ModelAdapter:
+    """The model of a finished run, its modality hook installed, without calibrating again.
+
+    Args:
+        folder: of the run: ``config.yaml``, ``record.json`` and the stored blocks.
+        device: where to put it, None for where it was made.
+
+    Raises:
+        DataError: no finished run there, or a block is missing or damaged.
+    """
+    import yaml
+
+    from masq.models.loading import load
+    from masq.modules.modality import install
+    from masq.pipeline.loop import restore
+    from masq.pipeline.store import BlockStore
+
+    if _finished(folder) is None:
+        raise DataError(
+            "the folder must hold a finished run",
+            value=folder.name,
+            remedy="give the folder that masq run named: <output.root>/<model>-<modality>-<scheme>-<method>-<identity>",
+        )
+    config = decode(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    adapter = load(replace(config.model, modalities=active_modalities(config), device=device or config.model.device))
+    context, _ = install(adapter)
+    if not config.method.is_float:
+        restore(adapter, _stages(config), context, BlockStore(folder / "blocks"))
+    return adapter
+
+
 def _fidelity(
     config: RunConfig,
     reference: ModelAdapter,
@@ -187,19 +244,21 @@ def _fidelity(
     return fidelity(reference, adapter, groups, folder / "fidelity", keep=kept)
 
 
-def _data(config: RunConfig) -> tuple[dict[str, list[Sample]], dict[str, str]]:
-    """Calibration and evaluation samples of the active modalities and their hashes; they share no content."""
-    from masq.calibration.data import check_disjoint, dataset_hash, load_samples
+def _data(config: RunConfig) -> tuple[dict[str, list[Sample]], dict[str, str], list[str]]:
+    """Calibration and evaluation samples of the active modalities, their hashes, and warnings if they share content."""
+    from masq.calibration.data import check_disjoint, content_hashes, dataset_hash, load_samples
+    from masq.evaluation.suite import prepare_benchmarks, records_hash
     from masq.evaluation.tasks import check_tasks
 
     active = active_modalities(config)
     calibration, evaluation = config.calibration, config.evaluation
-    data = {
-        "evaluation": load_samples(
-            _source(config, "evaluation"), evaluation.tasks, evaluation.samples_per_task, 0, active
-        )
-    }
+    data: dict[str, list[Sample]] = {"evaluation": []}
+    # Benchmarks bring their own data; samples to compare with the float model on are welcome, but need not be there.
+    if not evaluation.benchmarks or evaluation.source != "auto" or is_trained(config.model.source):
+        source = _source(config, "evaluation")
+        data["evaluation"] = load_samples(source, evaluation.tasks, evaluation.samples_per_task, 0, active)
     check_tasks(data["evaluation"])
+    warnings = []
     if not config.method.is_float:
         data["calibration"] = load_samples(
             _source(config, "calibration"),
@@ -210,8 +269,18 @@ def _data(config: RunConfig) -> tuple[dict[str, list[Sample]], dict[str, str]]:
             total=calibration.samples,
             mix=calibration.mix,
         )
-        check_disjoint(data["calibration"], data["evaluation"])
-    return data, {split: dataset_hash(samples) for split, samples in data.items()}
+        try:
+            check_disjoint(data["calibration"], data["evaluation"])
+        except DataError as error:
+            if not evaluation.allow_overlap:
+                raise
+            warnings.append(f"contaminated: calibration and evaluation share samples ({error.value})")
+    hashes = {split: dataset_hash(samples) for split, samples in data.items()}
+    if evaluation.benchmarks:
+        shown = {part for sample in data.get("calibration", ()) for part in content_hashes(sample).values()}
+        warnings += prepare_benchmarks(evaluation, active, shown)
+        hashes["benchmarks"] = records_hash(evaluation)
+    return data, hashes, warnings
 
 
 def _checked_model(config: RunConfig) -> str:
@@ -249,8 +318,9 @@ def _public_config(config: RunConfig) -> dict[str, Any]:
     The data hashes in the provenance tell which data they were.
     """
     plain = to_dict(config)
-    for group, key in (("model", "source"), ("calibration", "source"), ("evaluation", "source"), ("output", "root")):
-        if Path(plain[group][key]).is_absolute():
+    places = (("model", "source"), ("calibration", "source"), ("evaluation", "source"), ("evaluation", "records"))
+    for group, key in (*places, ("output", "root")):
+        if plain[group][key] is not None and Path(plain[group][key]).is_absolute():
             plain[group][key] = Path(plain[group][key]).name
     return plain
 

@@ -96,5 +96,5 @@ def test_the_demo_is_the_preset_of_the_makefile() -> None:
     assert (config.calibration.samples_per_task, config.evaluation.samples_per_task) == (12, 50)
     makefile = (CONF.parent / "Makefile").read_text()
     demo = next(line for line in makefile.splitlines() if line.startswith("DEMO_METHODS")).partition(":= ")[2].split()
-    assert demo == ["none", "rtn", "smoothquant", "mas", "masquant", "qera"]
+    assert demo == ["none", "rtn", "smoothquant", "quarot_gptq", "masquant", "masquant_gauged"]
     assert set(demo) <= set(names("method"))

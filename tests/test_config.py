@@ -155,7 +155,7 @@ def test_presets_name_themselves_and_change_several_groups(name: str, base: dict
 
 def test_the_demo_preset_has_the_sizes_of_the_readme() -> None:
     config = decode(plain("preset=demo"))
-    assert (config.calibration.samples_per_task, config.evaluation.samples_per_task) == (12, 50)
+    assert (config.calibration.samples_per_task, config.evaluation.samples_per_task) == (12, 32)
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from lmms_eval.api.model import lmms
 
 from masq import run as run_module
 from masq.config import RunConfig, decode
 from masq.errors import ConfigError, DataError
+from masq.evaluation.evaluate import evaluate
 from masq.models.base import Sample
 from masq.models.zoo import nano
 from masq.plan import plan
 from masq.report.record import RunRecord, comparable, read_record
-from masq.run import run
+from masq.report.table import table
+from masq.run import load_finished, run
 
 TASKS = {"read": ("vision",), "speech": ("audio",), "same": ("vision", "audio"), "manual": (), "choice": ()}
 
@@ -240,6 +243,64 @@ def test_runs_share_the_outputs_of_the_float_model(splits: dict[str, Path], tmp_
     assert {file: file.stat().st_mtime_ns for file in folder.glob("*.safetensors")} == files
 
 
+@pytest.mark.parametrize("method", ["none", "masquant", "quarot_gptq"])
+def test_a_finished_run_is_loaded_again(splits: dict[str, Path], tmp_path: Path, method: str) -> None:
+    """From its stored blocks, without calibration, with the scores of its record; lmms-eval loads it by its folder."""
+    from masq.calibration.data import load_samples
+    from masq.plugin import MasqRun, manifest
+
+    record = run(config(splits, tmp_path, method))
+    assert set(record.provenance["harnesses"]) == {"lm-eval", "lmms-eval"}
+    [folder] = [path.parent for path in tmp_path.glob("*/record.json")]
+    samples = load_samples(splits["evaluation"], None, None, 0, ("text", "vision", "audio"))
+    evaluation = decode(plain(splits, tmp_path, method)).evaluation
+    again = evaluate(load_finished(folder), samples, evaluation, tmp_path / "again")
+    assert {t: {m: s.to_dict() for m, s in by.items()} for t, by in again.scores.items()} == record.scores
+    assert isinstance(MasqRun(str(folder)), lmms)
+    assert manifest().chat_class_path == "masq.plugin.MasqRun"
+    if method != "none":
+        next((folder / "blocks").glob("*.safetensors")).unlink()
+        with pytest.raises(DataError, match="every block .* must be finished"):
+            load_finished(folder)
+    with pytest.raises(DataError, match="must hold a finished run"):
+        load_finished(tmp_path)
+    for arguments in ({}, {"path": str(folder), "pretrained": "x"}):
+        with pytest.raises(ConfigError, match="model_args of masq"):
+            MasqRun(**arguments)
+
+
+def test_benchmarks_instead_of_tasks(splits: dict[str, Path], tmp_path: Path) -> None:
+    """Scored through their harness; the samples at hand serve to compare with the float model, if there are any."""
+    told = {
+        "benchmarks": ["arc_easy", "textvqa_val"],
+        "records": str(Path(__file__).parent / "evaluation" / "fixtures"),
+    }
+    both = {"batch_size": 2, "max_failure_share": 1.0, **told}
+    record = run(config(splits, tmp_path / "a", evaluation={**both, "source": str(splits["evaluation"])}))
+    assert {name: list(by) for name, by in record.scores.items()} == {
+        "arc_easy": ["acc_norm", "acc"],
+        "textvqa_val": ["soft_accuracy"],
+    }
+    assert record.outcomes["textvqa_val"]["soft_accuracy"]["groups"] is None or record.health["textvqa_val"]["n"] == 2
+    assert record.config["evaluation"]["records"] == "fixtures", "where they lay is nobody's business"
+    assert record.fidelity["sqnr"]
+    alone = run(config(splits, tmp_path / "b", evaluation=both))
+    assert alone.scores == record.scores
+    assert alone.fidelity == {}
+    with pytest.raises(DataError, match="records of arc_easy must be in"):
+        run(config(splits, tmp_path / "c", evaluation={**both, "records": str(tmp_path)}))
+    assert not (tmp_path / "c").exists(), "nothing was begun"
+
+
+def test_samples_shown_in_calibration_are_refused_or_stamped(splits: dict[str, Path], tmp_path: Path) -> None:
+    same = {"batch_size": 2, "max_new_tokens": 3, "source": str(splits["calibration"]), "score": False}
+    with pytest.raises(DataError, match="must not share samples"):
+        run(config(splits, tmp_path, evaluation=same))
+    record = run(config(splits, tmp_path, evaluation={**same, "allow_overlap": True}))
+    assert record.warnings[0].startswith("contaminated: calibration and evaluation share samples (")
+    assert "contaminated" in table([record])
+
+
 def test_fidelity_alone(splits: dict[str, Path], tmp_path: Path) -> None:
     """No task is scored, and the comparison with the float model is the one of a run with scores."""
     evaluation = {"batch_size": 2, "max_new_tokens": 3, "source": str(splits["evaluation"])}
@@ -309,7 +370,7 @@ torch.set_num_threads(1)
 from masq.config import decode
 from masq.evaluation.batch_store import BatchStore
 from masq.pipeline.store import BlockStore
-from masq.run import run
+from masq.run import load_finished, run
 
 target, after = {"block": BlockStore, "batch": BatchStore}[sys.argv[2]], int(sys.argv[3])
 real, count = target.save, 0

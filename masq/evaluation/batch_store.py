@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from masq.errors import DataError
 from masq.files import atomic_write_json, canonical_hash, read_json
@@ -20,6 +20,18 @@ if TYPE_CHECKING:
     from masq.models.base import Sample
 
 _LOG = logging.getLogger(__name__)
+
+
+class Identified(Protocol):
+    """Whatever is evaluated in batches: a sample, a request of a harness."""
+
+    @property
+    def id(self) -> str:
+        """Unique in the data set."""
+        ...
+
+
+Item = TypeVar("Item", bound=Identified)
 
 Progress = Callable[[str, int, int], None]
 """Called after every batch with the stage, the number of batches done, and their total."""
@@ -57,7 +69,7 @@ class BatchStore:
         """File of the batch ``name``."""
         return self.folder / f"{name}.json"
 
-    def save(self, name: str, samples: Sequence[Sample], results: list[dict[str, Any]]) -> None:
+    def save(self, name: str, samples: Sequence[Identified], results: list[dict[str, Any]]) -> None:
         """Write a batch whole, with a checksum.
 
         Raises:
@@ -66,7 +78,7 @@ class BatchStore:
         body = {"key": self._key(samples), "results": results}
         atomic_write_json(self.path(name), {**body, "sha256": canonical_hash(body)})
 
-    def load(self, name: str, samples: Sequence[Sample]) -> list[dict[str, Any]] | None:
+    def load(self, name: str, samples: Sequence[Identified]) -> list[dict[str, Any]] | None:
         """Results of a finished batch by sample; None, with a warning, for a damaged or foreign file."""
         path = self.path(name)
         if not path.exists():
@@ -87,14 +99,14 @@ class BatchStore:
             return None
         return content["results"]
 
-    def _key(self, samples: Sequence[Sample]) -> dict[str, Any]:
+    def _key(self, samples: Sequence[Identified]) -> dict[str, Any]:
         return {"ids": [sample.id for sample in samples], **self._settings}
 
 
 def run_batches(
     stage: str,
-    batches: Iterable[tuple[str, Sequence[Sample]]],
-    compute: Callable[[Sequence[Sample]], list[dict[str, Any]]],
+    batches: Iterable[tuple[str, Sequence[Item]]],
+    compute: Callable[[Sequence[Item]], list[dict[str, Any]]],
     store: BatchStore,
     progress: Progress,
 ) -> list[dict[str, Any]]:

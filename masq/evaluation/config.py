@@ -18,6 +18,10 @@ class EvaluationConfig:
         batch_size: samples per batch; batches are a fixed function of the sample order.
         max_new_tokens: longest answer.
         tasks: the tasks to score, None for all that the active modalities allow.
+        benchmarks: names of ``masq.evaluation.benchmarks.BENCHMARKS`` to score instead of tasks; ``source`` is then
+            what the model is compared with the float model on, where there is any.
+        records: folder with the records of benchmarks as Parquet files, None for the hub.
+        allow_overlap: score samples that calibration showed, and say so in the record and under every table.
         source: ``auto`` for the split that comes with an embedded model, or a Parquet file.
         split: of the data of an embedded model: ``evaluation``, or ``final``, kept for tables in which nothing is
             chosen any longer.
@@ -34,6 +38,9 @@ class EvaluationConfig:
     batch_size: int = 20
     max_new_tokens: int = 16
     tasks: tuple[str, ...] | None = None
+    benchmarks: tuple[str, ...] | None = None
+    records: str | None = None
+    allow_overlap: bool = False
     source: str = "auto"
     split: Literal["evaluation", "final"] = "evaluation"
     fidelity_samples_per_task: int | None = None
@@ -59,6 +66,15 @@ class EvaluationConfig:
         if self.tasks is not None and not self.tasks:
             raise ConfigError("tasks must name at least one task", value="[]", remedy="set null for all tasks")
         self._check_split()
+        self._check_benchmarks()
+
+    def _check_benchmarks(self) -> None:
+        if self.benchmarks is not None and (not self.benchmarks or self.tasks is not None):
+            raise ConfigError(
+                "benchmarks must name at least one, and take the place of tasks",
+                value=f"benchmarks={list(self.benchmarks)}, tasks={self.tasks}",
+                remedy="set one of them to null",
+            )
 
     def _check_split(self) -> None:
         if self.split not in ("evaluation", "final"):

@@ -1,4 +1,4 @@
-"""Scores of one model on its tasks: answers where a task asks for them, likelihoods of texts where it does not."""
+"""Scores of one model on its tasks, from what the harnesses saw of every sample."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from masq.calibration.data import batches as batches_of
 from masq.errors import DataError
-from masq.evaluation.batch_store import BatchStore, Progress, ProgressLog, named_batches, run_batches
-from masq.evaluation.generation import Answer, generate_answers, health
-from masq.evaluation.likelihood import answer_nll, choice_nll
-from masq.evaluation.scoring import ANSWER_METRICS, CHOICE_METRICS, Judged, Score, num_ties, perplexity
+from masq.evaluation.batch_store import Progress, ProgressLog
+from masq.evaluation.generation import Answer, health
+from masq.evaluation.harness import require_harnesses, run_tasks
+from masq.evaluation.outcomes import Outcomes, digests, hash_samples, number_groups
+from masq.evaluation.scoring import ANSWER_METRICS, CHOICE_METRICS, Judged, Score, normalise, num_ties, perplexity
 from masq.evaluation.tasks import TASKS, check_tasks
 
 if TYPE_CHECKING:
@@ -27,14 +27,18 @@ class EvaluationResult:
 
     Attributes:
         scores: metric by task and name.
+        outcomes: what each made of every sample.
         health: per task with generated answers: ``n`` and how many are empty, truncated, repeating; ``failed`` counts
             those that are any of it.
         warnings: one sentence for each score that is not valid, and for ties among choices.
+        versions: of the harnesses that ran.
     """
 
     scores: dict[str, dict[str, Score]] = field(default_factory=dict)
+    outcomes: dict[str, dict[str, Outcomes]] = field(default_factory=dict)
     health: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 def evaluate(
@@ -59,80 +63,48 @@ def evaluate(
         Scores, health and warnings, tasks in the order of the samples.
 
     Raises:
-        ConfigError: a task that no line of ``tasks.TASKS`` describes.
+        ConfigError: a task that no line of ``tasks.TASKS`` describes, or a harness is not installed.
         DataError: no samples at all, or samples that their task cannot score.
     """
     if not samples:
         raise DataError("an evaluation needs at least one sample", value=0)
     check_tasks(samples)
-    kinds = {task: TASKS.get(task) for task in dict.fromkeys(sample.task for sample in samples)}
-    progress = progress or ProgressLog()
-    batches = named_batches(batches_of(samples, config.batch_size))
-    generated, read, judged = (
-        [batch for batch in batches if kinds[batch[1][0].task].mode == mode]
-        for mode in ("generate", "likelihood", "choose")
-    )
-    answers = generate_answers(adapter, generated, config.max_new_tokens, folder / "answers", progress)
-    likelihoods = _likelihoods(adapter, read, folder / "likelihood", progress)
-    choices = _choices(adapter, judged, folder / "choices", progress)
-    by_id = {answer.id: answer for answer in answers}
-    result = EvaluationResult()
-    for task, kind in kinds.items():
-        chosen = [sample for sample in samples if sample.task == task]
-        if kind.mode == "generate":
-            _score_answers(result, task, chosen, [by_id[sample.id] for sample in chosen], config.max_failure_share)
-        elif kind.mode == "choose":
-            _score_choices(result, task, chosen, [choices[sample.id] for sample in chosen])
+    require_harnesses()
+    seen = run_tasks(adapter, samples, config, folder, progress or ProgressLog())
+    result = EvaluationResult(versions=seen.versions)
+    for task in dict.fromkeys(sample.task for sample in samples):
+        own = [sample for sample in samples if sample.task == task]
+        documents, mode = seen.documents[task], TASKS.get(task).mode
+        if mode == "generate":
+            _score_answers(result, task, own, documents, seen.answers[task], config.max_failure_share)
+        elif mode == "choose":
+            _score_choices(result, task, own, documents)
         else:
-            entries = [likelihoods[sample.id] for sample in chosen]
-            score = perplexity([entry["nll"] for entry in entries], [entry["num_tokens"] for entry in entries])
-            result.scores[task] = {score.metric: score}
+            _note(result, task, own, perplexity(*zip(*documents, strict=True)))
     return result
 
 
-def _likelihoods(
-    adapter: ModelAdapter, batches: Sequence[tuple[str, Sequence[Sample]]], folder: Path, progress: Progress
-) -> dict[str, dict[str, Any]]:
-    """Summed NLL and number of predicted tokens by sample id."""
-
-    def compute(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-        nll, counts = answer_nll(adapter, adapter.encode(samples, with_answer=True))
-        return [
-            {"id": sample.id, "nll": value, "num_tokens": count}
-            for sample, value, count in zip(samples, nll, counts, strict=True)
-        ]
-
-    entries = run_batches("likelihood", batches, compute, BatchStore(folder), progress)
-    return {entry["id"]: entry for entry in entries}
-
-
-def _choices(
-    adapter: ModelAdapter, batches: Sequence[tuple[str, Sequence[Sample]]], folder: Path, progress: Progress
-) -> dict[str, list[float]]:
-    """Summed NLL of every choice by sample id."""
-
-    def compute(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-        nll = choice_nll(adapter, adapter.encode_choices(samples))
-        return [{"id": sample.id, "nll": values} for sample, values in zip(samples, nll, strict=True)]
-
-    entries = run_batches("choices", batches, compute, BatchStore(folder), progress)
-    return {entry["id"]: entry["nll"] for entry in entries}
+def _note(result: EvaluationResult, task: str, samples: Sequence[Sample], outcomes: Outcomes, **known: Any) -> None:
+    """Add outcomes and the score that they make; samples about one picture or sound belong together."""
+    valid = known.pop("valid", True)
+    groups = number_groups(
+        (sample.image, sample.audio) if sample.image or sample.audio else sample.id for sample in samples
+    )
+    named = replace(
+        outcomes,
+        samples=hash_samples(sample.id for sample in samples),
+        groups=groups if len(set(groups)) < len(groups) else None,
+        **known,
+    )
+    result.outcomes.setdefault(task, {})[named.metric] = named
+    result.scores.setdefault(task, {})[named.metric] = Score.of(named, valid=valid)
 
 
-def _score_choices(
-    result: EvaluationResult, task: str, samples: Sequence[Sample], nll: Sequence[Sequence[float]]
-) -> None:
+def _score_choices(result: EvaluationResult, task: str, samples: Sequence[Sample], documents: Sequence[Any]) -> None:
     """Add scores and, if choices tie, a warning."""
-    judged = [
-        Judged(
-            tuple(-value for value in values),
-            tuple(len(choice.encode()) for choice in sample.choices),
-            sample.choices.index(sample.answer),
-        )
-        for sample, values in zip(samples, nll, strict=True)
-    ]
-    scores = [CHOICE_METRICS.get(name)(judged) for name in TASKS.get(task).metrics]
-    result.scores[task] = {score.metric: score for score in scores}
+    judged = [Judged(tuple(values), tuple(sizes), right) for values, sizes, right in documents]
+    for name in TASKS.get(task).metrics:
+        _note(result, task, samples, CHOICE_METRICS.get(name)(judged))
     if ties := num_ties(judged):
         result.warnings.append(f"{task}: {ties} of {len(judged)} samples have several best choices and count as wrong")
 
@@ -141,6 +113,7 @@ def _score_answers(
     result: EvaluationResult,
     task: str,
     samples: Sequence[Sample],
+    documents: Sequence[tuple[str, str]],
     answers: Sequence[Answer],
     max_failure_share: float,
 ) -> None:
@@ -153,7 +126,8 @@ def _score_answers(
             f"{counts['truncated']} truncated, {counts['repeating']} repeating), more than the allowed share "
             f"{max_failure_share:g}: its scores are not valid"
         )
-    texts, references = [answer.text for answer in answers], [sample.answer for sample in samples]
-    scores = [ANSWER_METRICS.get(name)(texts, references) for name in TASKS.get(task).metrics]
-    result.scores[task] = {score.metric: replace(score, valid=valid) for score in scores}
+    texts, references = zip(*documents, strict=True)
+    said = digests(map(normalise, texts))
+    for name in TASKS.get(task).metrics:
+        _note(result, task, samples, ANSWER_METRICS.get(name)(texts, references), answers=said, valid=valid)
     result.health[task] = dict(counts)

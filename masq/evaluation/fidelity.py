@@ -25,7 +25,7 @@ from masq.evaluation.likelihood import (
     predicting_rows,
     sum_by_owner,
 )
-from masq.evaluation.scoring import ratio
+from masq.evaluation.statistics import ratio
 from masq.models.base import Modality
 from masq.numerics.finite import is_finite
 from masq.numerics.sqnr import token_sqnr

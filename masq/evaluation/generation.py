@@ -1,18 +1,15 @@
-"""Answers through greedy generation, batch by batch, and how many of them failed to be answers."""
+"""What generated ids say, and how many answers failed to be answers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from masq.evaluation.batch_store import BatchStore, Progress, run_batches
 from masq.evaluation.scoring import normalise
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from masq.models.base import ModelAdapter, Sample
+    from masq.models.base import ModelAdapter
 
 # A unit of tokens this many times in a row at the end of an answer is a loop: "777" is an answer, "7777..." is not.
 MIN_REPEATS = 4
@@ -47,41 +44,26 @@ class Answer:
         return self.empty or self.truncated or self.repeating
 
 
-def generate_answers(
-    adapter: ModelAdapter,
-    batches: Sequence[tuple[str, Sequence[Sample]]],
-    max_new_tokens: int,
-    folder: Path,
-    progress: Progress,
-) -> list[Answer]:
-    """Have the model answer every sample.
+def read_answer(
+    adapter: ModelAdapter, name: str, ids: Sequence[int], *, expected: str | None = None, until: Sequence[str] = ()
+) -> Answer:
+    """What generated ids say.
 
     Args:
-        adapter: the model.
-        batches: file name and samples of each batch.
-        max_new_tokens: longest answer.
-        folder: finished batches are kept there and are not generated again.
-        progress: told after every batch.
-
-    Returns:
-        Answers in the order of the samples.
+        adapter: the model that generated them.
+        name: id of the sample.
+        ids: up to and with the end token, if there is one.
+        expected: an answer that may repeat itself, as the number 7777 does; None if it is not known yet.
+        until: texts that end the answer and do not belong to it.
     """
-
-    def compute(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-        generated = adapter.generate(adapter.encode(samples, with_answer=False), max_new_tokens)
-        pairs = zip(samples, generated, strict=True)
-        return [asdict(_answer(adapter, sample, ids)) for sample, ids in pairs]
-
-    store = BatchStore(folder, {"max_new_tokens": max_new_tokens})
-    return [Answer(**entry) for entry in run_batches("answers", batches, compute, store, progress)]
-
-
-def _answer(adapter: ModelAdapter, sample: Sample, ids: Sequence[int]) -> Answer:
     ended = bool(ids) and ids[-1] in adapter.end_ids
     text = adapter.decode(ids)
-    correct = normalise(text) == normalise(sample.answer)
+    cuts = [at for stop in until if stop and (at := text.find(stop)) >= 0]
     loops = ends_in_loop(ids[:-1] if ended else ids)
-    return Answer(sample.id, text, len(ids), truncated=not ended, repeating=loops and not correct)
+    if cuts:
+        text, ended = text[: min(cuts)], True
+    correct = expected is not None and normalise(text) == normalise(expected)
+    return Answer(name, text, len(ids), truncated=not ended, repeating=loops and not correct)
 
 
 def ends_in_loop(ids: Sequence[int], min_repeats: int = MIN_REPEATS) -> bool:

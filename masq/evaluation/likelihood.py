@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from masq.models.base import EncodedBatch, ModelAdapter
-    from masq.models.choices import ChoiceBatch
 
 # Rows whose logits exist at one time: 64 rows of float64 over 150,000 words are 77 MB.
 ROWS_PER_CHUNK = 64
@@ -92,44 +91,6 @@ def log_probabilities(adapter: ModelAdapter, rows: torch.Tensor) -> Iterator[tor
                 remedy="raise model.dtype to float32 or use a wider scheme; finished batches are kept",
             )
         yield torch.log_softmax(logits.double(), dim=-1)
-
-
-def answer_nll(adapter: ModelAdapter, batch: EncodedBatch) -> tuple[list[float], list[int]]:
-    """Summed negative log-likelihood of the answer, and its number of tokens, by sample.
-
-    Args:
-        adapter: the model.
-        batch: encoded with answers.
-
-    Returns:
-        Nats and counts, each of length B.
-    """
-    owners, _ = predicting_rows(batch)
-    return sum_by_owner(_token_nll(adapter, batch), owners, len(batch.answer_mask))
-
-
-def choice_nll(adapter: ModelAdapter, batch: ChoiceBatch) -> list[list[float]]:
-    """Summed negative log-likelihood in nats of every choice after its context, by sample and choice.
-
-    Args:
-        adapter: the model.
-        batch: contexts with all their choices.
-
-    Returns:
-        One list per sample, in the order of its choices.
-    """
-    counts = torch.tensor([count for sample in batch.num_tokens for count in sample])
-    owners = torch.arange(len(counts)).repeat_interleave(counts)
-    sums = iter(sum_by_owner(_token_nll(adapter, batch.encoded), owners, len(counts))[0])
-    return [[next(sums) for _ in sample] for sample in batch.num_tokens]
-
-
-def _token_nll(adapter: ModelAdapter, batch: EncodedBatch) -> list[torch.Tensor]:
-    """Negative log-likelihoods, float64 [R] in chunks, of the answer tokens in reading order."""
-    _, targets = predicting_rows(batch)
-    rows = head_inputs(adapter, batch)
-    chunks = zip(log_probabilities(adapter, rows), targets.split(ROWS_PER_CHUNK), strict=True)
-    return [-picked(log_p, ids) for log_p, ids in chunks]
 
 
 def picked(log_probability: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""From answers and likelihoods to scores with standard errors. Pure functions of plain numbers and strings."""
+"""From answers and likelihoods to outcomes and scores with their errors: pure functions of numbers and strings."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jiwer
-import numpy as np
 
 from masq.errors import DataError, NumericalError
+from masq.evaluation.outcomes import Outcomes, hash_samples
+from masq.evaluation.statistics import interval, standard_error, value
 from masq.registry import Registry
 
-NUM_RESAMPLES = 1000
-_BOOTSTRAP_SEED = 0
-# exp() of more is no float64 any longer.
-_LARGEST_EXPONENT = 709.0
+# Who was asked is filled in by whoever knows the samples.
+_UNNAMED = hash_samples(())
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class Score:
         value: the metric.
         n: samples behind it.
         standard_error: of the value over samples, None where one sample is all there is.
+        interval: at 95 %, None where the samples do not tell how the value varies.
         metric: its name.
         higher_is_better: direction.
         valid: False if too many answers failed for the value to mean what its name says.
@@ -37,13 +37,28 @@ class Score:
     value: float
     n: int
     standard_error: float | None
+    interval: tuple[float, float] | None
     metric: str
     higher_is_better: bool
     valid: bool = True
 
+    @classmethod
+    def of(cls, outcomes: Outcomes, *, valid: bool = True) -> Score:
+        """The score that outcomes make."""
+        return cls(
+            value(outcomes),
+            outcomes.n,
+            standard_error(outcomes),
+            interval(outcomes),
+            outcomes.metric,
+            outcomes.higher_is_better,
+            valid,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, as they enter the record."""
-        return dataclasses.asdict(self)
+        plain = dataclasses.asdict(self)
+        return {**plain, "interval": None if self.interval is None else list(self.interval)}
 
 
 def normalise(text: str) -> str:
@@ -54,28 +69,25 @@ def normalise(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(string.punctuation + " ")
 
 
-def exact_match(answers: Sequence[str], references: Sequence[str]) -> Score:
-    """Share of answers that equal their reference after ``normalise``; standard error sqrt(p (1 - p) / (n - 1)).
+def exact_match(answers: Sequence[str], references: Sequence[str]) -> Outcomes:
+    """Answers that equal their reference after ``normalise``.
 
     Args:
         answers: what the model said.
         references: what was expected, in the same order; at least one.
     """
     hits = [normalise(answer) == normalise(reference) for answer, reference in zip(answers, references, strict=True)]
-    return _share(hits, "exact_match")
+    return _shares(hits, "exact_match")
 
 
-def _share(hits: Sequence[bool], metric: str) -> Score:
-    """Share of hits; standard error sqrt(p (1 - p) / (n - 1))."""
-    share, n = sum(hits) / len(hits), len(hits)
-    error = math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else None
-    return Score(share, n, error, metric, higher_is_better=True)
+def _shares(hits: Sequence[bool], metric: str) -> Outcomes:
+    return Outcomes(metric, True, _UNNAMED, tuple(map(float, hits)))
 
 
-def word_error_rate(answers: Sequence[str], references: Sequence[str]) -> Score:
+def word_error_rate(answers: Sequence[str], references: Sequence[str]) -> Outcomes:
     """Corpus word error rate: substitutions, deletions and insertions of all utterances over all reference words.
 
-    Texts are normalised word by word (``normalise``). The standard error is a seeded bootstrap over utterances.
+    Texts are normalised word by word (``normalise``).
 
     Args:
         answers: what the model said.
@@ -88,10 +100,9 @@ def word_error_rate(answers: Sequence[str], references: Sequence[str]) -> Score:
     if "" in wanted:
         empty = references[wanted.index("")]
         raise DataError("a word error rate needs references with words", value=repr(empty), remedy="correct the data")
-    errors = np.array([_num_errors(chunks) for chunks in jiwer.process_words(wanted, said).alignments], dtype=float)
-    words = np.array([len(text.split()) for text in wanted], dtype=float)
-    value = float(errors.sum() / words.sum())
-    return Score(value, len(wanted), _bootstrap_error(errors, words), "wer", higher_is_better=False)
+    errors = [float(_num_errors(chunks)) for chunks in jiwer.process_words(wanted, said).alignments]
+    words = [float(len(text.split())) for text in wanted]
+    return Outcomes("wer", False, _UNNAMED, tuple(errors), tuple(words))
 
 
 def _words(text: str) -> str:
@@ -107,39 +118,8 @@ def _num_errors(chunks: Sequence[Any]) -> int:
     )
 
 
-def _bootstrap_error(numerators: np.ndarray, denominators: np.ndarray) -> float | None:
-    """Standard deviation of the ratio of sums over samples drawn with replacement; None for a single sample."""
-    n = len(numerators)
-    if n < 2:
-        return None
-    drawn = np.random.default_rng(_BOOTSTRAP_SEED).integers(n, size=(NUM_RESAMPLES, n))
-    return float((numerators[drawn].sum(1) / denominators[drawn].sum(1)).std(ddof=1))
-
-
-def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float | None]:
-    """Ratio of two sums over samples, and its standard error by linearisation.
-
-    With R the ratio, the error is sqrt(n / (n - 1) sum_i (a_i - R b_i)^2) / sum_i b_i (Cochran, Sampling Techniques,
-    ratio estimators).
-
-    Args:
-        numerators: a_i.
-        denominators: b_i, their sum positive.
-
-    Returns:
-        R and its standard error, None for a single sample.
-    """
-    total = math.fsum(denominators)
-    value = math.fsum(numerators) / total
-    n = len(numerators)
-    if n < 2:
-        return value, None
-    squares = math.fsum((a - value * b) ** 2 for a, b in zip(numerators, denominators, strict=True))
-    return value, math.sqrt(n / (n - 1) * squares) / total
-
-
-def perplexity(nll: Sequence[float], num_tokens: Sequence[int]) -> Score:
-    """Token perplexity exp(sum of nll / sum of tokens); standard error over passages by the delta method.
+def perplexity(nll: Sequence[float], num_tokens: Sequence[int]) -> Outcomes:
+    """Token perplexity exp(sum of nll / sum of tokens).
 
     Args:
         nll: negative log-likelihood of each passage in nats.
@@ -150,10 +130,7 @@ def perplexity(nll: Sequence[float], num_tokens: Sequence[int]) -> Score:
     """
     if not sum(num_tokens):
         raise DataError("perplexity needs passages of more than one token", value=f"{len(nll)} passages without")
-    mean, error = ratio(nll, num_tokens)
-    value = math.exp(mean) if mean < _LARGEST_EXPONENT else math.inf
-    scaled = None if error is None else (value * error if math.isfinite(value) else math.inf)
-    return Score(value, len(nll), scaled, "perplexity", higher_is_better=False)
+    return Outcomes("perplexity", False, _UNNAMED, tuple(nll), tuple(map(float, num_tokens)), "exp")
 
 
 @dataclass(frozen=True)
@@ -188,8 +165,8 @@ def preferred(values: Sequence[float]) -> int | None:
     return None if list(values).count(best) > 1 else list(values).index(best)
 
 
-def accuracy(judged: Sequence[Judged]) -> Score:
-    """Share of samples whose right choice is more likely than every other; a tie counts as wrong.
+def accuracy(judged: Sequence[Judged]) -> Outcomes:
+    """Samples whose right choice is more likely than every other; a tie counts as wrong.
 
     Args:
         judged: at least one sample.
@@ -197,10 +174,10 @@ def accuracy(judged: Sequence[Judged]) -> Score:
     Raises:
         NumericalError: a log-likelihood is NaN or infinite.
     """
-    return _share([preferred(one.log_likelihoods) == one.right for one in judged], "acc")
+    return _shares([preferred(one.log_likelihoods) == one.right for one in judged], "acc")
 
 
-def normalised_accuracy(judged: Sequence[Judged]) -> Score:
+def normalised_accuracy(judged: Sequence[Judged]) -> Outcomes:
     """``accuracy`` by log-likelihood per byte, so that a choice does not win by being short.
 
     lm-eval's ``acc_norm`` counts characters, which is the same in ASCII.
@@ -211,7 +188,7 @@ def normalised_accuracy(judged: Sequence[Judged]) -> Score:
     Raises:
         NumericalError: a log-likelihood is NaN or infinite.
     """
-    return _share([preferred(one.per_byte) == one.right for one in judged], "acc_norm")
+    return _shares([preferred(one.per_byte) == one.right for one in judged], "acc_norm")
 
 
 def num_ties(judged: Sequence[Judged]) -> int:
@@ -219,10 +196,10 @@ def num_ties(judged: Sequence[Judged]) -> int:
     return sum(None in (preferred(one.log_likelihoods), preferred(one.per_byte)) for one in judged)
 
 
-ANSWER_METRICS: Registry[Callable[[Sequence[str], Sequence[str]], Score]] = Registry("metric of answers")
+ANSWER_METRICS: Registry[Callable[[Sequence[str], Sequence[str]], Outcomes]] = Registry("metric of answers")
 ANSWER_METRICS.register("exact_match", exact_match)
 ANSWER_METRICS.register("wer", word_error_rate)
 
-CHOICE_METRICS: Registry[Callable[[Sequence[Judged]], Score]] = Registry("metric of choices")
+CHOICE_METRICS: Registry[Callable[[Sequence[Judged]], Outcomes]] = Registry("metric of choices")
 CHOICE_METRICS.register("acc", accuracy)
 CHOICE_METRICS.register("acc_norm", normalised_accuracy)

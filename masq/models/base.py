@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from masq.models.choices import ChoiceBatch
+    from masq.models.conversation import Conversation
 
 
 class Role(StrEnum):
@@ -273,23 +273,24 @@ class ModelAdapter(ABC):
 
         return prompts.encode(self, samples, with_answer=with_answer)
 
-    def encode_choices(self, samples: Sequence[Sample]) -> ChoiceBatch:
-        """Turn samples with choices into one left-padded batch in which every choice follows its context.
+    def encode_conversations(self, conversations: Sequence[Conversation]) -> EncodedBatch:
+        """Turn conversations into one left-padded batch on the model's device, ready for the answers.
 
-        The context is read once and no choice sees another, so each choice has the likelihood that it has alone.
+        All turns go through the processor's chat template in their order; sounds are resampled to the model's rate.
 
         Args:
-            samples: at least one, all with choices.
+            conversations: at least one.
 
         Returns:
-            The batch, on the model's device.
+            The batch; ``answer_mask`` is nowhere set.
 
         Raises:
-            DataError: no samples, a sample without choices, or a placeholder token inside a text.
+            ModelError: a modality that the model does not take.
+            DataError: sound that is too short or too long, a placeholder token inside a text.
         """
-        from masq.models import choices
+        from masq.models import prompts
 
-        return choices.encode(self, samples)
+        return prompts.encode_conversations(self, conversations)
 
     def generate(self, batch: EncodedBatch, max_new_tokens: int) -> list[list[int]]:
         """Greedy answers, with the KV cache; media placeholders are never generated.

@@ -27,10 +27,16 @@ def combined_hash(parts: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in sorted(parts.items())).encode()).hexdigest()
 
 
-def _labelled_hash(label: str, content: bytes) -> str:
+def labelled_hash(label: str, content: bytes) -> str:
+    """sha256 of ``content`` of the kind ``label``."""
     digest = hashlib.sha256(f"{label}:{len(content)}:".encode())
     digest.update(content)
     return digest.hexdigest()
+
+
+def text_hash(question: str, answer: str) -> str:
+    """sha256 of a question and its answer; of a passage, the question is empty."""
+    return labelled_hash(f"question {len(question.encode())}", question.encode() + answer.encode())
 
 
 @dataclass(frozen=True)
@@ -107,17 +113,17 @@ class Sample:
         hashes = {}
         if self.image is not None:
             picture = decode_image(self)
-            hashes["image"] = _labelled_hash(f"image {picture.width}x{picture.height}", picture.tobytes())
+            hashes["image"] = labelled_hash(f"image {picture.width}x{picture.height}", picture.tobytes())
         if self.audio is not None:
             waveform, rate = decode_waveform(self)
-            hashes["audio"] = _labelled_hash(f"audio {rate}", waveform.tobytes())
+            hashes["audio"] = labelled_hash(f"audio {rate}", waveform.tobytes())
         question, label = self.question.encode(), ""
         choices = [choice.encode() for choice in self.choices]
         if choices:
-            hashes["context"] = _labelled_hash("context", question)
+            hashes["context"] = labelled_hash("context", question)
             label = f" choices {' '.join(str(len(choice)) for choice in choices)}"
         text = question + self.answer.encode() + b"".join(choices)
-        hashes["text"] = _labelled_hash(f"question {len(question)}{label}", text)
+        hashes["text"] = labelled_hash(f"question {len(question)}{label}", text)
         return hashes
 
     def content_hash(self) -> str:

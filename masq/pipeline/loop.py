@@ -16,7 +16,7 @@ import torch
 from masq.calibration.cache import Request, StatisticsCache
 from masq.calibration.replay import BlockData, ReplayBatch, advance, capture
 from masq.calibration.sensitivity import gradient_sums, mean_gradients, relative_sensitivity
-from masq.errors import numerical_errors_of
+from masq.errors import DataError, numerical_errors_of
 from masq.models.base import Modality
 from masq.numerics.sqnr import token_sqnr
 from masq.pipeline.assembly import Stages
@@ -106,6 +106,34 @@ def quantize(
     report.seconds["quantize"] = time.perf_counter() - started
     context.clear()
     return report
+
+
+def restore(adapter: ModelAdapter, stages: Stages, context: ModalityContext, blocks: BlockStore) -> None:
+    """Make of a float model the quantized one whose finished blocks are stored, without calibration.
+
+    Args:
+        adapter: the float model, changed in place.
+        stages: the method and seed that the blocks were made with.
+        context: token modalities, installed on the model.
+        blocks: where ``quantize`` kept them.
+
+    Raises:
+        DataError: a block is missing or damaged.
+    """
+    if stages.rotation.kind == "hadamard":
+        rotate_model(adapter, stages.rotation, stages.seed)
+    adapter_blocks = adapter.blocks()
+    dtype = adapter.embeddings().weight.dtype
+    for index, block in enumerate(adapter_blocks):
+        stored = blocks.load(index)
+        if stored is None:
+            raise DataError(
+                "every block of a quantized model must be finished",
+                value=f"block {index} of {len(adapter_blocks)} is missing",
+                remedy="let the run finish: masq run with the same configuration goes on where it stopped",
+            )
+        own = stages.for_block(index, len(adapter_blocks))
+        restore_block(block, stored[0], own.scheme, context, dtype)
 
 
 def _warn_about_missing(adapter: ModelAdapter, batches: Sequence[EncodedBatch], report: QuantizationReport) -> None:

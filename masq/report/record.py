@@ -22,6 +22,8 @@ STATUSES = ("running", "finished", "failed")
 
 _MEASURED = ("scores", "health", "fidelity", "effective_bits", "timings", "blocks")
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+# Records written before these fields came lack them, and are read as if they were empty.
+_ADDED_SINCE = frozenset({"outcomes"})
 _SCORE_KEYS = {"value", "n", "standard_error", "higher_is_better"}
 # What two runs with the same result may differ in: when, how fast and with how much memory.
 _VOLATILE_FIELDS = ("timings", "peak_memory_bytes")
@@ -66,6 +68,8 @@ class RunRecord:
             captured error, what a rounding stage gained or could not do (``rounding``, by linear), and what a search of
             smoothing found (``search``, by group: exponent, error relative to none) and weighted by (``sensitivity``).
         failure: null, or ``kind`` and ``message`` of the error that ended the run.
+        outcomes: task -> metric -> what it made of every sample, see `masq.evaluation.outcomes`; what `masq compare`
+            reads. Empty in records of earlier releases.
         schema_version: version of this schema.
     """
 
@@ -82,6 +86,7 @@ class RunRecord:
     warnings: list[str] = field(default_factory=list)
     blocks: list[dict[str, Any]] = field(default_factory=list)
     failure: dict[str, str] | None = None
+    outcomes: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @classmethod
@@ -167,14 +172,16 @@ def _validate(content: object, source: str) -> None:
             remedy="run the cell again with this version of masq",
         )
     known = {item.name for item in dataclasses.fields(RunRecord)}
-    if set(content) != known:
-        different = ", ".join(sorted(set(content) ^ known))
+    if not known - _ADDED_SINCE <= set(content) <= known:
+        different = ", ".join(sorted((set(content) ^ known) - (_ADDED_SINCE - set(content))))
         raise DataError(f"{source} must have exactly the keys of a record", value=f"missing or unknown: {different}")
     for item in dataclasses.fields(RunRecord):
-        _validate_type(item.name, str(item.type), content[item.name], source)
+        if item.name in content:
+            _validate_type(item.name, str(item.type), content[item.name], source)
     if content["status"] not in STATUSES:
         raise DataError(f"{source}: status must be one of {', '.join(STATUSES)}", value=content["status"])
     _validate_scores(content["scores"], source)
+    _validate_outcomes(content.get("outcomes", {}), source)
 
 
 def _validate_type(name: str, annotation: str, value: object, source: str) -> None:
@@ -197,6 +204,13 @@ def _validate_scores(scores: dict[str, Any], source: str) -> None:
                     f"{source}: scores.{task}.{metric} must hold {', '.join(sorted(_SCORE_KEYS))}",
                     value=f"missing {', '.join(sorted(missing))}",
                 )
+
+
+def _validate_outcomes(outcomes: dict[str, Any], source: str) -> None:
+    """Only that they go by task and metric: what they hold is checked where they are used."""
+    for task, metrics in outcomes.items():
+        if not isinstance(metrics, dict):
+            raise DataError(f"{source}: outcomes.{task} must map metrics to outcomes", value=type(metrics).__name__)
 
 
 def _encode(value: Any) -> Any:

@@ -20,8 +20,8 @@ from masq.models.zoo import is_trained
 from masq.report.record import RunRecord, ScoreEntry
 
 FORMATS = ("markdown", "csv", "latex")
-_ABSENT = "-"
-_INVALID = " (!)"
+ABSENT = "-"
+INVALID = " (!)"
 _MODALITIES = ("text", "vision", "audio", "joint")
 _FIDELITY = (("sqnr", "SQNR {} (dB)", True), ("nll", "NLL {}", False), ("kl", "KL {}", False))
 
@@ -74,20 +74,28 @@ def table(
     if not records:
         raise DataError("a table needs at least one record", remedy="give record.json files or the folders of runs")
     chosen = _choose(available_columns(records), columns)
-    labels = _labels(records)
+    labels = labels_of(records)
     if format == "csv":
         return _csv(records, labels, chosen)
     rows = _text_rows(records, labels, chosen, "**{}**" if format == "markdown" else r"\textbf{{{}}}", bold=bold)
-    notes = footnotes(records)
+    return text_table(rows, len(labels), footnotes(records), format)
+
+
+def text_table(rows: Sequence[Sequence[str]], num_labels: int, notes: Sequence[str], format: str) -> str:  # noqa: A002
+    """Lay cells out for reading.
+
+    Args:
+        rows: the headings, then one list of cells per row.
+        num_labels: leading columns of text; the others are aligned as numbers.
+        notes: sentences below the table.
+        format: "markdown" or "latex".
+    """
+    alignment = ("left",) * num_labels + ("right",) * (len(rows[0]) - num_labels)
     if format == "markdown":
-        body = tabulate(
-            rows, headers="firstrow", tablefmt="pipe", disable_numparse=True, colalign=_alignment(labels, chosen)
-        )
+        body = tabulate(rows, headers="firstrow", tablefmt="pipe", disable_numparse=True, colalign=alignment)
         return "\n".join([body, "", *(f"- {note}" for note in notes)])
     escaped = [[_latex(cell) for cell in row] for row in rows]
-    body = tabulate(
-        escaped, headers="firstrow", tablefmt="latex_raw", disable_numparse=True, colalign=_alignment(labels, chosen)
-    )
+    body = tabulate(escaped, headers="firstrow", tablefmt="latex_raw", disable_numparse=True, colalign=alignment)
     return "\n".join([body, *(f"% {note}" for note in notes)])
 
 
@@ -188,19 +196,19 @@ def _choose(available: list[Column], wanted: Sequence[str] | None) -> list[Colum
     return list({column.key: column for column in chosen}.values())
 
 
-def _labels(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """Leading text columns; model, modality, calibration and its seed only when they vary."""
+def labels_of(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """Leading text columns: title and text by record; model, modality, calibration and its seed only when they vary."""
     schemes = ["float" if _is_float(record) else record.scheme for record in records]
     labels = [
         ("model", [str(_lookup(record.config, "model", "name")) for record in records]),
         ("modality", [str(_lookup(record.config, "modality", "name")) for record in records]),
         ("scheme", schemes),
         ("method", [record.method for record in records]),
-        ("calibration", [_ABSENT if _is_float(record) else _calibration(record) for record in records]),
-        ("seed", [_ABSENT if _is_float(r) else str(_lookup(r.config, "calibration", "seed")) for r in records]),
+        ("calibration", [ABSENT if _is_float(record) else _calibration(record) for record in records]),
+        ("seed", [ABSENT if _is_float(r) else str(_lookup(r.config, "calibration", "seed")) for r in records]),
     ]
     return [
-        (title, values) for title, values in labels if title in ("scheme", "method") or len({*values} - {_ABSENT}) > 1
+        (title, values) for title, values in labels if title in ("scheme", "method") or len({*values} - {ABSENT}) > 1
     ]
 
 
@@ -220,9 +228,7 @@ def _score_column(task: str, metric: str, records: Sequence[RunRecord]) -> Colum
 
     known: list[ScoreEntry] = [r.scores[task][metric] for r in records if metric in r.scores.get(task, {})]
     better = known[0]["higher_is_better"]
-    # Shares need three decimals; perplexities are large.
-    digits = 2 if metric == "perplexity" else 3
-    return Column(f"{task}.{metric}", f"{task} {metric.replace('_', ' ')}", read, digits, better, valid)
+    return Column(f"{task}.{metric}", f"{task} {metric.replace('_', ' ')}", read, digits_of(metric), better, valid)
 
 
 def _fidelity_column(name: str, key: str, title: str, better: bool) -> Column:
@@ -260,13 +266,13 @@ def _lookup(config: dict[str, Any], group: str, key: str) -> object:
 def _text_rows(
     records: Sequence[RunRecord], labels: list[tuple[str, list[str]]], columns: list[Column], mark: str, *, bold: bool
 ) -> list[list[str]]:
-    rows = [[title for title, _ in labels] + [column.title + _arrow(column) for column in columns]]
+    rows = [[title for title, _ in labels] + [column.title + arrow(column.higher_is_better) for column in columns]]
     best = {column.key: _best(column, records) for column in columns} if bold else {}
     for position, record in enumerate(records):
         cells = [values[position] for _, values in labels]
         for column in columns:
             value, error = column.read(record)
-            text = _number(value, error, column.digits) + ("" if column.valid(record) else _INVALID)
+            text = number(value, error, column.digits) + ("" if column.valid(record) else INVALID)
             is_best = value is not None and column.valid(record) and value == best.get(column.key)
             cells.append(mark.format(text) if is_best and not _is_float(record) else text)
         rows.append(cells)
@@ -282,19 +288,22 @@ def _best(column: Column, records: Sequence[RunRecord]) -> float | None:
     return max(finite) if column.higher_is_better else min(finite)
 
 
-def _arrow(column: Column) -> str:
-    return {True: " ↑", False: " ↓", None: ""}[column.higher_is_better]
+def digits_of(metric: str) -> int:
+    """Decimals of a metric: shares need three, perplexities are large."""
+    return 2 if "perplexity" in metric else 3
 
 
-def _number(value: float | None, error: float | None, digits: int) -> str:
+def arrow(higher_is_better: bool | None) -> str:
+    """What follows a heading: the direction in which its numbers are better."""
+    return {True: " ↑", False: " ↓", None: ""}[higher_is_better]
+
+
+def number(value: float | None, error: float | None, digits: int) -> str:
+    """A cell: the value with its standard error where there is one; a dash where there is no value."""
     if value is None:
-        return _ABSENT
+        return ABSENT
     shown = f"{value:.{digits}f}"
     return shown if error is None else f"{shown} ± {error:.{digits}f}"
-
-
-def _alignment(labels: list[tuple[str, list[str]]], columns: list[Column]) -> tuple[str, ...]:
-    return ("left",) * len(labels) + ("right",) * len(columns)
 
 
 def _latex(text: str) -> str:

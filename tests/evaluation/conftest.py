@@ -25,6 +25,15 @@ def make_samples(num: int = 3) -> list[Sample]:
     return samples + [Sample(f"prose-test-{index}", "prose", "", passages[index % 5]) for index in range(num)]
 
 
+def naive_nll(adapter: ModelAdapter, sample: Sample) -> list[float]:
+    """NLL of each scored token on full logits in float64, one unpadded sample."""
+    batch = adapter.encode([sample], with_answer=True)
+    with torch.no_grad():
+        log_p = adapter.model(**batch.inputs, use_cache=False).logits[0].double().log_softmax(-1)
+    ids = batch.inputs["input_ids"][0].tolist()
+    return [-float(log_p[t - 1, ids[t]]) for t in range(1, len(ids)) if batch.answer_mask[0, t]]
+
+
 CHOICES = [
     Sample("c-0", "choice", "Once upon", "a time", choices=("a time", "the roof", "x")),
     Sample("c-1", "choice", "In the beginning there", "was a word", choices=("were none", "was a word")),

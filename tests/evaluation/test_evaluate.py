@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -12,8 +13,9 @@ import torch
 from masq.errors import ConfigError, DataError
 from masq.evaluation.config import EvaluationConfig
 from masq.evaluation.evaluate import EvaluationResult, evaluate
-from masq.evaluation.likelihood import answer_nll, choice_nll, head_inputs
+from masq.evaluation.likelihood import head_inputs
 from masq.models.base import ModelAdapter, Sample
+from tests.evaluation.conftest import naive_nll
 
 Make = Callable[..., ModelAdapter]
 CONFIG = EvaluationConfig(batch_size=2, max_new_tokens=3, max_failure_share=1.0)
@@ -24,15 +26,6 @@ def adapter(make_model: Make) -> ModelAdapter:
     return make_model()
 
 
-def naive_nll(adapter: ModelAdapter, sample: Sample) -> list[float]:
-    """NLL of each scored token on full logits, one unpadded sample."""
-    batch = adapter.encode([sample], with_answer=True)
-    with torch.no_grad():
-        log_p = adapter.model(**batch.inputs, use_cache=False).logits[0].double().log_softmax(-1)
-    ids = batch.inputs["input_ids"][0].tolist()
-    return [-float(log_p[t - 1, ids[t]]) for t in range(1, len(ids)) if batch.answer_mask[0, t]]
-
-
 def test_perplexity_is_that_of_a_plain_loop(adapter: ModelAdapter, samples: list[Sample], tmp_path: Path) -> None:
     prose = [sample for sample in samples if sample.task == "prose"]
     values = [value for sample in prose for value in naive_nll(adapter, sample)]
@@ -40,15 +33,6 @@ def test_perplexity_is_that_of_a_plain_loop(adapter: ModelAdapter, samples: list
     assert score.value == pytest.approx(math.exp(sum(values) / len(values)), rel=1e-5)
     assert score.n == len(prose)
     assert not (tmp_path / "answers").exists(), "prose is not generated"
-
-
-def test_answer_nll_of_a_padded_batch(adapter: ModelAdapter, samples: list[Sample]) -> None:
-    for task in ("digits", "speech", "same"):
-        chosen = [sample for sample in samples if sample.task == task]
-        sums, counts = answer_nll(adapter, adapter.encode(chosen, with_answer=True))
-        expected = [naive_nll(adapter, sample) for sample in chosen]
-        assert counts == [len(values) for values in expected]
-        assert sums == pytest.approx([sum(values) for values in expected], rel=1e-4)
 
 
 def test_head_inputs_give_the_models_own_logits(adapter: ModelAdapter, samples: list[Sample]) -> None:
@@ -72,21 +56,17 @@ def test_scores_and_health_of_every_task(adapter: ModelAdapter, samples: list[Sa
     }
     assert list(result.health) == ["digits", "speech", "same"]
     assert all(counts["n"] == 3 for counts in result.health.values())
-    assert seen == [("answers", done, 6) for done in range(7)] + [
-        *(("likelihood", done, 2) for done in range(3)),
-        ("choices", 0, 0),
-    ]
+    assert seen == [("answers", done, 6) for done in range(7)] + [("loglikelihood", done, 1) for done in range(2)]
+    assert set(result.versions) == {"lmms-eval", "lm-eval"}
     names = sorted(path.name for path in (tmp_path / "answers").iterdir())
-    assert names == [f"{task}-{number:04d}.json" for task in ("digits", "same", "speech") for number in range(2)]
+    tasks = [f"masq_{task}-3" for task in ("digits", "same", "speech")]
+    assert names == [f"{task}-{number:04d}.json" for task in tasks for number in range(2)]
 
 
 def test_choices_are_judged_as_if_each_were_alone(adapter: ModelAdapter, choices: list[Sample], tmp_path: Path) -> None:
     expected = [
         [sum(naive_nll(adapter, replace(sample, answer=choice))) for choice in sample.choices] for sample in choices
     ]
-    found = choice_nll(adapter, adapter.encode_choices(choices))
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
     result = evaluate(adapter, choices, CONFIG, tmp_path)
     assert list(result.scores["choice"]) == ["acc_norm", "acc"]
     for metric, sizes in (("acc", [[1] * 3] * 3), ("acc_norm", [list(map(len, one.choices)) for one in choices])):
@@ -97,7 +77,9 @@ def test_choices_are_judged_as_if_each_were_alone(adapter: ModelAdapter, choices
         score = result.scores["choice"][metric]
         assert (score.value, score.n, score.metric) == (sum(right) / 3, 3, metric)
     assert not result.health and not result.warnings
-    assert sorted(path.name for path in (tmp_path / "choices").iterdir()) == ["choice-0000.json", "choice-0001.json"]
+    [file] = (tmp_path / "likelihood" / "loglikelihood").iterdir()
+    found = [entry["result"][0] for entry in json.loads(file.read_text())["results"]]
+    assert found == pytest.approx([-value for values in expected for value in values], rel=1e-5)
 
 
 def test_a_model_without_preferences_is_wrong_and_said_to_be(adapter: ModelAdapter, tmp_path: Path) -> None:
@@ -112,17 +94,20 @@ def test_a_model_without_preferences_is_wrong_and_said_to_be(adapter: ModelAdapt
     assert result.warnings == ["choice: 1 of 2 samples have several best choices and count as wrong"]
 
 
-def test_choices_resume_bit_identical(adapter: ModelAdapter, choices: list[Sample], tmp_path: Path) -> None:
+def test_choices_resume_bit_identical(
+    adapter: ModelAdapter, choices: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def killed(name: str, done: int, _total: int) -> None:
-        if (name, done) == ("choices", 1):
+        if (name, done) == ("loglikelihood", 1):
             raise KeyboardInterrupt
 
+    monkeypatch.setattr("masq.evaluation.language.BATCHES_TOGETHER", 1)
     with pytest.raises(KeyboardInterrupt):
         evaluate(adapter, choices, CONFIG, tmp_path / "killed", killed)
-    assert len(list((tmp_path / "killed" / "choices").iterdir())) == 1
+    assert len(list((tmp_path / "killed" / "likelihood" / "loglikelihood").iterdir())) == 1
     resumed = asdict(evaluate(adapter, choices, CONFIG, tmp_path / "killed"))
     assert resumed == asdict(evaluate(adapter, choices, CONFIG, tmp_path / "undisturbed"))
-    name = "choices/choice-0001.json"
+    name = "likelihood/loglikelihood/masq_choice-0001.json"
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
 
@@ -134,11 +119,11 @@ class Parrot:
     def __init__(self, answers: dict[str, list[int]]) -> None:
         self.answers = answers
 
-    def encode(self, samples: Any, *, with_answer: bool) -> Any:
-        return samples
+    def encode_conversations(self, conversations: Any) -> Any:
+        return conversations
 
-    def generate(self, samples: Any, max_new_tokens: int) -> list[list[int]]:
-        return [self.answers[sample.id][:max_new_tokens] for sample in samples]
+    def generate(self, conversations: Any, max_new_tokens: int) -> list[list[int]]:
+        return [self.answers[one.texts[0]][:max_new_tokens] for one in conversations]
 
     def decode(self, ids: Any) -> str:
         return " ".join(f"w{i}" for i in ids if i)
@@ -146,7 +131,7 @@ class Parrot:
 
 def score(answers: dict[str, list[int]], share: float, folder: Path) -> EvaluationResult:
     config = EvaluationConfig(batch_size=3, max_new_tokens=4, max_failure_share=share)
-    samples = [Sample(name, "speech", "q", "w1 w2") for name in answers]
+    samples = [Sample(name, "speech", name, "w1 w2") for name in answers]
     model: Any = Parrot(answers)
     return evaluate(model, samples, config, folder)
 
@@ -176,13 +161,13 @@ def test_too_many_failures_make_a_score_invalid_but_keep_it(tmp_path: Path) -> N
 def test_resume_is_bit_identical(adapter: ModelAdapter, samples: list[Sample], tmp_path: Path) -> None:
     undisturbed = asdict(evaluate(adapter, samples, CONFIG, tmp_path / "one"))
     files = sorted(path for path in (tmp_path / "one").rglob("*.json"))
-    assert len(files) == 8
+    assert len(files) == 7
     for path in files[::2]:
         path.unlink()
     assert asdict(evaluate(adapter, samples, CONFIG, tmp_path / "one")) == undisturbed
 
 
-@pytest.mark.parametrize(("stage", "at", "left"), [("answers", 2, 2), ("likelihood", 1, 7)])
+@pytest.mark.parametrize(("stage", "at", "left"), [("answers", 2, 2), ("loglikelihood", 1, 7)])
 def test_killed_between_batches(
     adapter: ModelAdapter, samples: list[Sample], tmp_path: Path, stage: str, at: int, left: int
 ) -> None:
@@ -201,7 +186,7 @@ def test_damaged_batches_are_computed_again(
     adapter: ModelAdapter, samples: list[Sample], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = asdict(evaluate(adapter, samples, CONFIG, tmp_path))
-    for name in ("answers/digits-0001.json", "likelihood/prose-0000.json"):
+    for name in ("answers/masq_digits-3-0001.json", "likelihood/loglikelihood/masq_prose-0000.json"):
         content = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content[:-20])
     assert asdict(evaluate(adapter, samples, CONFIG, tmp_path)) == first

@@ -12,12 +12,13 @@ import torch
 from masq.calibration.data import batches
 from masq.errors import DataError, NumericalError
 from masq.evaluation.fidelity import fidelity, sample_kind, summarize, token_groups
-from masq.evaluation.likelihood import ROWS_PER_CHUNK, answer_nll, choice_nll
+from masq.evaluation.likelihood import ROWS_PER_CHUNK
 from masq.models.base import EncodedBatch, Modality, ModelAdapter, Role, Sample
 from masq.modules.modality import install
 from masq.modules.quant_linear import QuantLinear
 from masq.numerics.affine import quantize
 from masq.numerics.scheme import Scheme
+from tests.evaluation.conftest import naive_nll
 
 Make = Callable[..., ModelAdapter]
 KINDS = {"digits": "vision", "speech": "audio", "same": "joint", "prose": "text"}
@@ -130,7 +131,8 @@ def test_standard_errors(make_model: Make, samples: list[Sample], tmp_path: Path
     reference, quantized = make_model(), make_model(noise=0.1)
     result = fidelity(reference, quantized, batches(samples, 2), tmp_path)
     chosen = [sample for sample in samples if sample.task == "digits"]
-    nll, counts = answer_nll(quantized, quantized.encode(chosen, with_answer=True))
+    values = [naive_nll(quantized, sample) for sample in chosen]
+    nll, counts = [sum(own) for own in values], [len(own) for own in values]
     mean = sum(nll) / sum(counts)
     squares = sum((a - mean * b) ** 2 for a, b in zip(nll, counts, strict=True))
     assert result["nll"]["vision"] == pytest.approx(mean, rel=1e-4)
@@ -181,10 +183,7 @@ def test_choices_count_by_the_right_one(make_model: Make, choices: list[Sample],
     result = fidelity(reference, quantized, batches(choices, 2), tmp_path)
     num_tokens = sum(1 + len(sample.answer) for sample in choices)  # one token per byte
     assert result["num_answer_tokens"] == {"text": num_tokens}
-    expected = [
-        choice_nll(reference, reference.encode_choices([sample]))[0][sample.choices.index(sample.answer)]
-        for sample in choices
-    ]
+    expected = [sum(naive_nll(reference, sample)) for sample in choices]
     assert result["nll_float"]["text"] == pytest.approx(sum(expected) / num_tokens, rel=1e-5)
 
 

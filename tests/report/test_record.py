@@ -28,6 +28,7 @@ def make_record() -> RunRecord:
     record.timings = {"quantize": 3.5}
     record.peak_memory_bytes = 123
     record.blocks = [{"index": 0, "sqnr": {"text": 20.0}, "seconds": 1.5}]
+    record.outcomes = {"digits": {"exact_match": {"metric": "exact_match", "numerators": "110"}}}
     record.finish()
     return record
 
@@ -72,7 +73,10 @@ def test_config_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("scores"), "scores"),
+        (lambda c: c.pop("scores"), r"unknown: scores\)$"),
+        (lambda c: (c.pop("scores"), c.pop("outcomes")), r"unknown: scores\)$"),
+        (lambda c: c.update(outcomes=[]), "outcomes must be dict"),
+        (lambda c: c["outcomes"].update(digits="110"), r"outcomes\.digits must map metrics to outcomes"),
         (lambda c: c.update(extra=1), "extra"),
         (lambda c: c.update(schema_version=99), "99"),
         (lambda c: c.pop("schema_version"), "not a masq record"),
@@ -91,6 +95,16 @@ def test_wrong_content_is_refused(tmp_path: Path, change, message: str) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=message):
         read_record(path)
+
+
+def test_a_record_from_before_outcomes_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    write_record(make_record(), path)
+    content = json.loads(path.read_text())
+    assert content.pop("outcomes") == make_record().outcomes
+    path.write_text(json.dumps(content))
+    assert read_record(path).outcomes == {}
+    assert read_record(path).scores == make_record().scores
 
 
 @pytest.mark.parametrize("keep", [0, 40, -3])
