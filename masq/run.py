@@ -20,9 +20,9 @@ from masq.config import (
     run_folder,
     to_dict,
 )
-from masq.errors import ConfigError, DataError
+from masq.errors import DataError
 from masq.files import atomic_write_bytes, require_writable_folder
-from masq.models.zoo import is_trained
+from masq.inputs import load_data
 from masq.report.memory import peak_memory, reset_peak_memory
 from masq.report.provenance import provenance
 from masq.report.record import RunRecord, read_record, write_record
@@ -58,7 +58,7 @@ def run(config: RunConfig) -> RunRecord:
     """
     if config.output.wandb:
         require_wandb()
-    data, hashes, warnings = _data(config)
+    data, hashes, warnings = load_data(config)
     hashes["model"] = _checked_model(config)
     key = identity(config, hashes)
     folder = run_folder(config, key)
@@ -244,45 +244,6 @@ def _fidelity(
     return fidelity(reference, adapter, groups, folder / "fidelity", keep=kept)
 
 
-def _data(config: RunConfig) -> tuple[dict[str, list[Sample]], dict[str, str], list[str]]:
-    """Calibration and evaluation samples of the active modalities, their hashes, and warnings if they share content."""
-    from masq.calibration.data import check_disjoint, content_hashes, dataset_hash, load_samples
-    from masq.evaluation.suite import prepare_benchmarks, records_hash
-    from masq.evaluation.tasks import check_tasks
-
-    active = active_modalities(config)
-    calibration, evaluation = config.calibration, config.evaluation
-    data: dict[str, list[Sample]] = {"evaluation": []}
-    # Benchmarks bring their own data; samples to compare with the float model on are welcome, but need not be there.
-    if not evaluation.benchmarks or evaluation.source != "auto" or is_trained(config.model.source):
-        source = _source(config, "evaluation")
-        data["evaluation"] = load_samples(source, evaluation.tasks, evaluation.samples_per_task, 0, active)
-    check_tasks(data["evaluation"])
-    warnings = []
-    if not config.method.is_float:
-        data["calibration"] = load_samples(
-            _source(config, "calibration"),
-            calibration.tasks,
-            calibration.samples_per_task,
-            calibration.seed,
-            active,
-            total=calibration.samples,
-            mix=calibration.mix,
-        )
-        try:
-            check_disjoint(data["calibration"], data["evaluation"])
-        except DataError as error:
-            if not evaluation.allow_overlap:
-                raise
-            warnings.append(f"contaminated: calibration and evaluation share samples ({error.value})")
-    hashes = {split: dataset_hash(samples) for split, samples in data.items()}
-    if evaluation.benchmarks:
-        shown = {part for sample in data.get("calibration", ()) for part in content_hashes(sample).values()}
-        warnings += prepare_benchmarks(evaluation, active, shown)
-        hashes["benchmarks"] = records_hash(evaluation)
-    return data, hashes, warnings
-
-
 def _checked_model(config: RunConfig) -> str:
     """What tells these weights from others that go by the same name, after a look at files and sizes."""
     from masq.models.architecture import architecture
@@ -293,23 +254,6 @@ def _checked_model(config: RunConfig) -> str:
     if folder is not None:
         check_sizes(config, architecture(replace(config.model, source=str(folder))))
     return fingerprint(config.model, folder)
-
-
-def _source(config: RunConfig, split: str) -> Path:
-    """The Parquet file to calibrate on or to evaluate on: a given one, or a split of the embedded data."""
-    source = config.calibration.source if split == "calibration" else config.evaluation.source
-    if source != "auto":
-        return Path(source)
-    if not is_trained(config.model.source):
-        raise ConfigError(
-            f"{config.model.name} comes without {split} data",
-            value=f"{split}.source=auto",
-            remedy=f"set {split}.source to a Parquet file with the columns id, task, question, answer, image, audio "
-            "and, where a task chooses, choices",
-        )
-    from masq.models.zoo.smol_omni import data_path
-
-    return data_path(config.evaluation.split if split == "evaluation" else split)
 
 
 def _public_config(config: RunConfig) -> dict[str, Any]:

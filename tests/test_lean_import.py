@@ -27,6 +27,7 @@ FILES = [
     "decoding.py",
     "config.py",
     "plan.py",
+    "inputs.py",
     "run.py",
     "doctor.py",
     "cli.py",

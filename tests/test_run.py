@@ -19,6 +19,7 @@ from masq import run as run_module
 from masq.config import RunConfig, decode
 from masq.errors import ConfigError, DataError
 from masq.evaluation.evaluate import evaluate
+from masq.inputs import load_data
 from masq.models.base import Sample
 from masq.models.zoo import nano
 from masq.plan import plan
@@ -338,12 +339,12 @@ def test_embedded_data_serve_both_embedded_models(
     cell["model"]["source"] = source
     cell["calibration"]["source"] = "auto"
     del cell["evaluation"]["source"]
-    data, hashes = run_module._data(decode(cell))
+    data, hashes, _ = load_data(decode(cell))
     assert asked == ["evaluation", "calibration"]
     assert {sample.task for sample in data["evaluation"]} == {"read", "manual", "choice"}
     cell["evaluation"]["split"] = "final"
     splits = {**splits, "final": write_split(tmp_path / "final.parquet", "final", 3, 400)}
-    assert run_module._data(decode(cell))[1]["evaluation"] != hashes["evaluation"]
+    assert load_data(decode(cell))[1]["evaluation"] != hashes["evaluation"]
     assert asked[2:] == ["final", "calibration"]
 
 
