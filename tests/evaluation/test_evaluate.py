@@ -14,6 +14,8 @@ from masq.errors import ConfigError, DataError
 from masq.evaluation.config import EvaluationConfig
 from masq.evaluation.evaluate import EvaluationResult, evaluate
 from masq.evaluation.likelihood import head_inputs
+from masq.evaluation.outcomes import hash_samples
+from masq.evaluation.statistics import value
 from masq.models.base import ModelAdapter, Sample
 from tests.evaluation.conftest import naive_nll
 
@@ -156,6 +158,27 @@ def test_too_many_failures_make_a_score_invalid_but_keep_it(tmp_path: Path) -> N
     assert poor.scores["speech"]["exact_match"].to_dict()["valid"] is False
     [warning] = poor.warnings
     assert warning.startswith("speech: 2 of 4 answers failed (1 empty, 1 truncated, 0 repeating)")
+
+
+def test_a_model_that_repeats_itself_has_no_valid_score(tmp_path: Path) -> None:
+    result = score({"one": [5, 5, 5, 5, 5], "two": [5, 5, 5, 5, 0]}, 0.5, tmp_path)
+    assert result.health["speech"] == {"n": 2, "empty": 0, "truncated": 2, "repeating": 2, "failed": 2}
+    assert not any(one.valid for one in result.scores["speech"].values())
+
+
+def test_outcomes_are_those_of_the_samples(adapter: ModelAdapter, samples: list[Sample], tmp_path: Path) -> None:
+    result = evaluate(adapter, samples, CONFIG, tmp_path)
+    for task, by in result.outcomes.items():
+        own = [sample for sample in samples if sample.task == task]
+        for metric, outcomes in by.items():
+            assert outcomes.samples == hash_samples(sample.id for sample in own)
+            assert value(outcomes) == result.scores[task][metric].value
+            assert outcomes.n == result.scores[task][metric].n == len(own)
+    assert result.outcomes["digits"]["exact_match"].answers is not None
+    assert result.outcomes["prose"]["perplexity"].transform == "exp"
+    twice = [replace(one, id=f"{one.id}-{again}") for one in samples if one.task == "digits" for again in (0, 1)]
+    grouped = evaluate(adapter, twice, CONFIG, tmp_path / "twice").outcomes["digits"]["exact_match"]
+    assert grouped.groups == (0, 0, 1, 1, 2, 2), "questions about one picture are not independent"
 
 
 def test_resume_is_bit_identical(adapter: ModelAdapter, samples: list[Sample], tmp_path: Path) -> None:

@@ -16,10 +16,14 @@ from masq.errors import ConfigError, DataError, ModelError
 from masq.evaluation.generation import read_answer
 from masq.evaluation.local.multimodal_task import LocalTask
 from masq.evaluation.multimodal import MasqLmms
-from masq.models.base import Modality, ModelAdapter, Sample
+from masq.models.base import Modality, ModelAdapter, Role, Sample
 from masq.models.conversation import kind_of
 from masq.models.qwen2_5_vl import Qwen25VLAdapter
 from masq.models.zoo import nano
+from masq.modules.modality import ModalityContext
+from masq.modules.quant_linear import QuantLinear
+from masq.numerics.affine import quantize
+from masq.numerics.scheme import TensorFormat
 
 Make = Callable[..., ModelAdapter]
 
@@ -116,6 +120,21 @@ def test_an_exception_is_not_an_empty_answer(tmp_path: Path) -> None:
     found = ask(MasqLmms(again, folder=tmp_path, batch_size=1), task("read", words("read", "yes", "no", "yes")))
     assert again.calls == 2
     assert found["results"]["masq_read"]["exact_match,none"] == pytest.approx(2 / 3)
+
+
+def test_a_model_without_a_modality_map_does_not_answer(
+    make_model: Make, samples: list[Sample], tmp_path: Path
+) -> None:
+    """Quantized linears whose hook is gone must not take every token for text."""
+    adapter = make_model()
+    block, context = adapter.blocks()[0], ModalityContext()
+    linear: Any = block.linear(Role.UP)
+    weights = {Modality.TEXT: quantize(linear.weight.detach(), TensorFormat(8))}
+    activation = TensorFormat(8, granularity="per_token")
+    block.set_linear(Role.UP, QuantLinear(weights=weights, bias=linear.bias, activation=activation, context=context))
+    with pytest.raises(ModelError, match="must know the modality of every token"):
+        ask(MasqLmms(adapter, folder=tmp_path), task("same", samples))
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_questions_and_limits_never_get_old_answers(tmp_path: Path) -> None:
