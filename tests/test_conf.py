@@ -93,7 +93,7 @@ def test_tri_needs_a_model_that_hears(model: str) -> None:
 def test_the_demo_is_the_preset_of_the_makefile() -> None:
     config = compose("preset=demo", "scheme=w4a6")
     assert config.preset == "demo"
-    assert (config.calibration.samples_per_task, config.evaluation.samples_per_task) == (12, 50)
+    assert (config.calibration.samples_per_task, config.evaluation.samples_per_task) == (12, 32)
     makefile = (CONF.parent / "Makefile").read_text()
     demo = next(line for line in makefile.splitlines() if line.startswith("DEMO_METHODS")).partition(":= ")[2].split()
     assert demo == ["none", "rtn", "smoothquant", "quarot_gptq", "masquant", "masquant_gauged"]
