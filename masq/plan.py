@@ -93,6 +93,7 @@ def plan(config: RunConfig) -> Plan:
         notes=(
             *notes(config),
             *_absent_files(config),
+            *(["the time of benchmarks is not counted"] if config.evaluation.benchmarks else []),
             "time is an order of magnitude; parameters are exact where the towers' sizes are given",
         ),
     )
@@ -205,7 +206,8 @@ def _seconds(
         "evaluation": cost * (per_token * workload.evaluation_tokens + per_answer * workload.evaluation_samples),
         "fidelity": (per_token * (1 + cost) + 2 * head) * compared * workload.sample_tokens,
     }
-    if not config.evaluation.score:
+    # How long benchmarks take depends on records that have not been read.
+    if not config.evaluation.score or config.evaluation.benchmarks:
         del result["evaluation"]
     if not config.method.is_float:
         smoothing = config.method.smoothing
@@ -279,6 +281,9 @@ def _steps(config: RunConfig, sizes: Architecture, workload: _Workload) -> list[
         scored = f"the whole {config.evaluation.split} split"
     compare = "compare with the float model: SQNR, NLL and KL by modality"
     score = [f"score {scored}: {modalities}"] if config.evaluation.score else []
+    if config.evaluation.benchmarks:
+        where = config.evaluation.records or "the hub"
+        score = [f"score {', '.join(config.evaluation.benchmarks)}, records from {where}"]
     return [*steps, *score, compare, "write record.json"]
 
 

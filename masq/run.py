@@ -140,7 +140,7 @@ def _score(
     }
     record.health = result.health
     record.warnings.extend(result.warnings)
-    record.provenance["harnesses"] = result.versions
+    record.provenance |= {"harnesses": result.versions, "tasks": result.tasks}
 
 
 def _quantize(

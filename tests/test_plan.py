@@ -156,6 +156,15 @@ def test_the_float_model_is_only_scored() -> None:
     assert 1e9 < kept.disk_bytes < 1e10
 
 
+def test_benchmarks_are_named_and_their_time_is_not_guessed() -> None:
+    planned = plan(configured("evaluation=paper_text"))
+    assert any(
+        step == "score wikitext, hellaswag, winogrande, arc_easy, records from the hub" for step in planned.steps
+    )
+    assert "evaluation" not in planned.seconds
+    assert "the time of benchmarks is not counted" in planned.notes
+
+
 def test_the_text_names_what_matters(tmp_path: Path) -> None:
     config = configured(f"output.root={tmp_path}")
     (tmp_path / "smol_omni-tri-w4a8-masquant-0123456789").mkdir()

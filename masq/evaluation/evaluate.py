@@ -32,6 +32,7 @@ class EvaluationResult:
             those that are any of it.
         warnings: one sentence for each score that is not valid, and for ties among choices.
         versions: of the harnesses that ran.
+        tasks: how each task was run, see ``Seen``.
     """
 
     scores: dict[str, dict[str, Score]] = field(default_factory=dict)
@@ -39,6 +40,7 @@ class EvaluationResult:
     health: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def evaluate(
@@ -71,7 +73,7 @@ def evaluate(
     check_tasks(samples)
     require_harnesses()
     seen = run_tasks(adapter, samples, config, folder, progress or ProgressLog())
-    result = EvaluationResult(versions=seen.versions)
+    result = EvaluationResult(versions=seen.versions, tasks=seen.tasks)
     for task in dict.fromkeys(sample.task for sample in samples):
         own = [sample for sample in samples if sample.task == task]
         documents, mode = seen.documents[task], TASKS.get(task).mode

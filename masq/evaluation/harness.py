@@ -37,13 +37,16 @@ class Seen:
             of tokens; or log-likelihoods and bytes of the choices and the right one.
         aggregates: the harness' own value of every metric.
         answers: of tasks that the model answers, with what failed.
-        versions: of harness and task.
+        versions: of the harnesses.
+        tasks: how each was run: its version in the harness and, where the model answers, the longest answer, what ends
+            one, and which wishes of the task are not followed.
     """
 
     documents: dict[str, list[Any]] = field(default_factory=dict)
     aggregates: dict[str, dict[str, float]] = field(default_factory=dict)
     answers: dict[str, list[Answer]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def require_harnesses() -> None:
@@ -120,6 +123,7 @@ def _run_multimodal(
     _take(seen, found, by_task)
     seen.versions["lmms-eval"] = version("lmms-eval")
     for task, own in by_task.items():
+        seen.tasks[task] |= model.decoding[PREFIX + task]
         seen.answers[task] = [
             replace(answer, repeating=answer.repeating and normalise(answer.text) != normalise(sample.answer))
             for sample, answer in zip(own, model.answers[PREFIX + task], strict=True)
@@ -157,6 +161,7 @@ def _take(seen: Seen, found: Any, by_task: dict[str, list[Sample]]) -> None:
         metrics = TASKS.get(task).metrics
         logged = sorted(found["samples"][PREFIX + task], key=lambda one: one["doc_id"])
         seen.documents[task] = [one[metrics[0]] for one in logged]
+        seen.tasks[task] = {"version": str(found["versions"][PREFIX + task])}
         seen.aggregates[task] = {name: found["results"][PREFIX + task][f"{name},none"] for name in metrics}
 
 

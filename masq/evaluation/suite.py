@@ -115,8 +115,10 @@ def _run_one(
         # A new object for every run: some tasks keep counts from the run before.
         task = make_task(benchmark, _records(config))
         evaluate = _multimodal if benchmark.harness == "lmms-eval" else _language
-        found, answers = evaluate(adapter, benchmark, task, config, folder, progress)
+        found, answers, decoding = evaluate(adapter, benchmark, task, config, folder, progress)
     result.versions[benchmark.harness] = version(benchmark.harness)
+    data = {split: records._fingerprint for split, records in task.dataset.items()}
+    result.tasks[benchmark.name] = {"version": str(found["versions"][benchmark.task]), "data": data, **decoding}
     outcomes = benchmark.read(found)
     if benchmark.rows is not None:
         texts = read_rows(benchmark, _records(config))
@@ -131,7 +133,7 @@ def _run_one(
 
 def _multimodal(
     adapter: ModelAdapter, benchmark: Benchmark, task: Any, config: EvaluationConfig, folder: Path, progress: Progress
-) -> tuple[Any, list[Answer]]:
+) -> tuple[Any, list[Answer], dict[str, Any]]:
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
@@ -145,12 +147,12 @@ def _multimodal(
         limit=config.samples_per_task,
         **benchmark.arguments(folder),
     )
-    return found, model.answers[benchmark.task]
+    return found, model.answers[benchmark.task], model.decoding[benchmark.task]
 
 
 def _language(
     adapter: ModelAdapter, benchmark: Benchmark, task: Any, config: EvaluationConfig, folder: Path, progress: Progress
-) -> tuple[Any, list[Answer]]:
+) -> tuple[Any, list[Answer], dict[str, Any]]:
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -163,7 +165,7 @@ def _language(
         limit=config.samples_per_task,
         **benchmark.arguments(folder),
     )
-    return found, []
+    return found, [], {}
 
 
 def _count(

@@ -60,6 +60,8 @@ def test_scores_and_health_of_every_task(adapter: ModelAdapter, samples: list[Sa
     assert all(counts["n"] == 3 for counts in result.health.values())
     assert seen == [("answers", done, 6) for done in range(7)] + [("loglikelihood", done, 1) for done in range(2)]
     assert set(result.versions) == {"lmms-eval", "lm-eval"}
+    assert result.tasks["prose"] == {"version": "1.0"}
+    assert result.tasks["speech"] == {"version": "1.0", "max_new_tokens": 3, "until": [], "ignored": {}}
     names = sorted(path.name for path in (tmp_path / "answers").iterdir())
     tasks = [f"masq_{task}-3" for task in ("digits", "same", "speech")]
     assert names == [f"{task}-{number:04d}.json" for task in tasks for number in range(2)]

@@ -61,6 +61,9 @@ def test_scores_say_how_many_and_what_failed(adapter: ModelAdapter, tmp_path: Pa
     assert set(result.health["omni_bench"]) == {"n", "empty", "truncated", "repeating", "failed", "unparsable"}
     assert "arc_easy" not in result.health, "likelihoods do not fail to be answers"
     assert set(result.versions) == {"lmms-eval", "lm-eval"}
+    assert set(result.tasks["arc_easy"]) == {"version", "data"}
+    assert result.tasks["omni_bench"]["max_new_tokens"] > 0
+    assert result.tasks["omni_bench"]["data"].keys() == {"train"}
 
 
 def test_too_many_unreadable_answers_make_a_score_invalid(adapter: ModelAdapter, tmp_path: Path) -> None:
