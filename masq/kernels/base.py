@@ -1,0 +1,160 @@
+"""What a kernel is: stored weight in, rows in, rows out. One interface for every machine.
+
+A kernel says of any linear whether it can run it and, if not, why (``not_supported_reasons``); ``select`` takes the
+first that can. Nothing here reads an environment variable.
+
+Shapes: N rows (tokens), I input channels, O output channels, U distinct smoothing vectors, n corrected rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from masq.numerics.packing import PackedWeight
+    from masq.numerics.scheme import LinearFormat, TensorFormat
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """What a kernel must know to say whether it can run a linear.
+
+    Attributes:
+        in_features: I.
+        out_features: O.
+        format: of weight and input.
+        device: type of the device, "cpu" or "cuda".
+    """
+
+    in_features: int
+    out_features: int
+    format: LinearFormat
+    device: str
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedWeight:
+    """A weight in the layout of one kernel.
+
+    Attributes:
+        tensors: by names of the kernel's own; all that stays in memory of the weight.
+        format: what the codes mean.
+        in_features: I.
+        out_features: O.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    format: TensorFormat
+    in_features: int
+    out_features: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True, eq=False)
+class RowSmoothing:
+    """Run-time smoothing: row i is multiplied by ``inverse[rows[i]]``.
+
+    Attributes:
+        inverse: 1 / s, float32 [U, I], contiguous.
+        rows: int64 [N], None where all rows share ``inverse[0]``.
+    """
+
+    inverse: torch.Tensor
+    rows: torch.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class RowAddend:
+    """What is added to some rows of the product in float32, before bias and final rounding.
+
+    Attributes:
+        rows: int64 [n], each at most once.
+        values: [n, O], float32 or bfloat16 or float16.
+    """
+
+    rows: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedActivation:
+    """Rows ready to be multiplied: made by one kernel, read by the same.
+
+    Attributes:
+        data: codes, or smoothed rows where the input is not quantized, in the layout of the kernel.
+        scale: float32 [N, 1], None where the input is not quantized.
+        num_rows: N.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor | None
+    num_rows: int
+
+
+class Kernel(ABC):
+    """Arithmetic of quantized linears on one kind of machine.
+
+    Every kernel computes, for row i and output o,
+    ``((sum_k a_ik w_ok) * scale_i * scale_o) + addend_io + bias_o``, the sum over integer codes exact, what follows in
+    float32 in this order, and rounds once to the output dtype. Where the input is not quantized or the weight has
+    groups or zero points, the sum is a float one over dequantized values; each kernel's docstring states its bound.
+
+    Attributes:
+        name: by which configuration asks for it, and which records carry.
+    """
+
+    name: str
+
+    @abstractmethod
+    def not_supported_reasons(self, spec: LinearSpec) -> list[str]:
+        """Why this kernel cannot run a linear here: machine, compiler, format or shape; empty if it can."""
+
+    @abstractmethod
+    def prepare(self, weight: PackedWeight) -> PreparedWeight:
+        """The stored weight in the layout of this kernel, on the same device."""
+
+    @abstractmethod
+    def restore(self, prepared: PreparedWeight) -> PackedWeight:
+        """The inverse of ``prepare``, bit for bit."""
+
+    @abstractmethod
+    def quantize(
+        self, x: torch.Tensor, activation: TensorFormat | None, smoothing: RowSmoothing | None
+    ) -> QuantizedActivation:
+        """Smooth rows and round them to integer codes in one pass, as ``masq.numerics.affine.quantize`` does.
+
+        Args:
+            x: [N, I], float32 or bfloat16 or float16, contiguous; N may be 0.
+            activation: per-token format, None leaves the rows unquantized.
+            smoothing: None for no run-time smoothing.
+        """
+
+    @abstractmethod
+    def gemm(
+        self,
+        activation: QuantizedActivation,
+        prepared: PreparedWeight,
+        *,
+        bias: torch.Tensor | None,
+        addend: RowAddend | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """The product, scaled and added to: [N, O] in ``dtype``.
+
+        Args:
+            activation: of ``quantize`` of this kernel.
+            prepared: of ``prepare`` of this kernel.
+            bias: [O], float32, or None.
+            addend: None for none.
+            dtype: float32, bfloat16 or float16.
+        """

@@ -1,0 +1,90 @@
+"""The oracle: every format on any device, in plain torch, the same arithmetic as the simulation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from masq.kernels.base import Kernel, LinearSpec, PreparedWeight, QuantizedActivation, RowAddend, RowSmoothing
+from masq.numerics.affine import quantize
+from masq.numerics.integer_gemm import scaled_matmul
+from masq.numerics.packing import PackedWeight, unpack
+
+if TYPE_CHECKING:
+    from masq.numerics.scheme import TensorFormat
+
+
+def smooth(x: torch.Tensor, smoothing: RowSmoothing | None) -> torch.Tensor:
+    """Rows [N, I] times their inverse factors, float32."""
+    if smoothing is None:
+        return x.float()
+    factors = smoothing.inverse if smoothing.rows is None else smoothing.inverse[smoothing.rows]
+    return x.float() * factors
+
+
+def finish(y_no: torch.Tensor, bias: torch.Tensor | None, addend: RowAddend | None, dtype: torch.dtype) -> torch.Tensor:
+    """Add what comes after the product to float32 [N, O], in place, and round once to ``dtype``."""
+    if addend is not None:
+        y_no[addend.rows] += addend.values.float()
+    if bias is not None:
+        y_no += bias
+    return y_no.to(dtype)
+
+
+class ReferenceKernel(Kernel):
+    """Exact integer accumulation for symmetric weights with one scale a channel; float32 products for all others.
+
+    The weight stays in its stored layout and is unpacked in every call: small, and slow.
+    """
+
+    name = "reference"
+
+    def not_supported_reasons(self, spec: LinearSpec) -> list[str]:
+        """Never any."""
+        return []
+
+    def prepare(self, weight: PackedWeight) -> PreparedWeight:
+        """The stored tensors themselves."""
+        tensors = {"codes": weight.codes, "scale": weight.scale}
+        if weight.zero_point is not None:
+            tensors["zero_point"] = weight.zero_point
+        return PreparedWeight(tensors, weight.format, weight.in_features, weight.out_features)
+
+    def restore(self, prepared: PreparedWeight) -> PackedWeight:
+        """The stored tensors themselves."""
+        tensors = prepared.tensors
+        return PackedWeight(
+            tensors["codes"], tensors["scale"], tensors.get("zero_point"), prepared.format, prepared.in_features
+        )
+
+    def quantize(
+        self, x: torch.Tensor, activation: TensorFormat | None, smoothing: RowSmoothing | None
+    ) -> QuantizedActivation:
+        """As ``masq.numerics.affine.quantize``, by calling it."""
+        rows = smooth(x, smoothing)
+        if activation is None:
+            return QuantizedActivation(rows, None, len(rows))
+        quantized = quantize(rows, activation)
+        return QuantizedActivation(quantized.codes, quantized.scale, len(rows))
+
+    def gemm(
+        self,
+        activation: QuantizedActivation,
+        prepared: PreparedWeight,
+        *,
+        bias: torch.Tensor | None,
+        addend: RowAddend | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """As ``QuantLinear`` computes it, bit for bit."""
+        weight = unpack(self.restore(prepared))
+        scale = activation.scale
+        if scale is not None and weight.format.symmetric and weight.scale.shape[1] == 1:
+            y_no = scaled_matmul(activation.data, scale, weight.codes, weight.scale)
+        else:
+            y_no = functional.linear(activation.data.float(), weight.dequantize(torch.float32))
+            if scale is not None:
+                y_no *= scale
+        return finish(y_no, bias, addend, dtype)
