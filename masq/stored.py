@@ -71,8 +71,8 @@ def _block(config: RunConfig, formats: Mapping[str, LinearFormat], shapes: dict[
         groups = d_in // weight.group_size if weight.group_size else 1
         num_quantized += d_out * d_in
         code_bits += copies * d_out * d_in * weight.bits
-        # Float32 scales, and float32 zero points where the format has them.
-        rest += copies * d_out * groups * (32 if weight.symmetric else 64)
+        # Float32 scales, and zero points of a byte where the format has them.
+        rest += copies * d_out * groups * (32 if weight.symmetric else 40)
     rest += 32 * _smoothing_elements(config, formats, shapes) + 8 * others * _adapter_bytes(config, formats, shapes)
     return Stored(sum(a * b for a, b in shapes.values()), num_quantized, code_bits, code_bits + rest)
 

@@ -1,4 +1,4 @@
-"""Stored bits of a quantized model: what `effective_bits` in a record means."""
+"""Stored bits of a quantized model: what `effective_bits` in a record means, simulated or packed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from masq.models.base import GROUPS, Role
+from masq.modules.packed_linear import PackedLinear
 from masq.modules.quant_linear import QuantLinear
+from masq.numerics.packing import ZERO_POINT_BITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -76,16 +78,18 @@ def footprint(blocks: Iterable[BlockAdapter]) -> Footprint:
 
 def _linear_footprint(linear: nn.Module, *, counts_smoothing: bool) -> Footprint:
     """Footprint of one linear; the linears of a group share one smoothing table, counted at the first."""
-    if not isinstance(linear, QuantLinear):
+    if not isinstance(linear, QuantLinear | PackedLinear):
         weight: torch.Tensor = linear.weight  # type: ignore[assignment]
         return Footprint(num_weights=weight.numel(), codes=weight.numel() * weight.element_size() * 8)
-    buffers = dict(linear.named_buffers())
-    stored = {name: tensor.numel() * tensor.element_size() * 8 for name, tensor in buffers.items()}
-    codes = sum(tensor.numel() for name, tensor in buffers.items() if name.startswith("codes_"))
+    state = linear.state_dict()
+    bits = {name: tensor.numel() * tensor.element_size() * 8 for name, tensor in state.items()}
+    num_weights = linear.in_features * linear.out_features
+    copies = len(linear.weight_modalities) if isinstance(linear, QuantLinear) else 1
+    zero_points = sum(tensor.numel() for name, tensor in state.items() if name.startswith("zero_point"))
     return Footprint(
-        num_weights=linear.in_features * linear.out_features,
-        codes=codes * linear.weight_format.bits,
-        scales=sum(bits for name, bits in stored.items() if name.startswith(("scale_", "zero_point_"))),
-        smoothing=stored.get("inverse_smoothing", 0) if counts_smoothing else 0,
-        adapters=sum(bits for name, bits in stored.items() if name.startswith(("left_", "right_"))),
+        num_weights=num_weights,
+        codes=copies * num_weights * linear.weight_format.bits,
+        scales=sum(size for name, size in bits.items() if name.startswith("scale")) + ZERO_POINT_BITS * zero_points,
+        smoothing=bits.get("inverse_smoothing", 0) if counts_smoothing else 0,
+        adapters=sum(size for name, size in bits.items() if name.startswith(("left_", "right_"))),
     )

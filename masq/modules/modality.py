@@ -11,19 +11,19 @@ from __future__ import annotations
 import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from masq.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
-    from masq.models.base import ModelAdapter
+    from masq.models.base import Modality, ModelAdapter
 
 
 class ModalityContext:
@@ -35,6 +35,7 @@ class ModalityContext:
     def __init__(self) -> None:
         self._buffers: dict[tuple[int, int, torch.device], torch.Tensor] = {}
         self._current: torch.Tensor | None = None
+        self._derived: dict[str, Any] = {}
         self._override: torch.Tensor | None = None
 
     def set(self, ids: torch.Tensor) -> None:
@@ -53,6 +54,7 @@ class ModalityContext:
         if key not in self._buffers:
             self._buffers[key] = torch.empty_like(ids, memory_format=torch.contiguous_format)
         self._current = self._buffers[key].copy_(ids)
+        self._derived.clear()
 
     def current(self, batch: int, tokens: int) -> torch.Tensor:
         """The current ids, int8 [batch, tokens]; the tensor is reused, do not keep or change it.
@@ -61,11 +63,7 @@ class ModalityContext:
             ModelError: none are set, or they belong to another shape.
         """
         if self._current is None:
-            raise ModelError(
-                "a quantized linear must know the modality of every token, and never assumes text",
-                value="no modality ids are set",
-                remedy="run the whole model with masq.modules.modality.install, or call ModalityContext.set first",
-            )
+            self._none_set()
         if self._current.shape != (batch, tokens):
             raise ModelError(
                 "the modality ids must belong to the tokens at hand",
@@ -74,9 +72,39 @@ class ModalityContext:
             )
         return self._current
 
+    @property
+    def text_only(self) -> bool:
+        """Whether no current token is of another modality than text, padding aside; asked once for all layers."""
+        return self._once("text_only", lambda ids: not bool((ids > 0).any()))
+
+    @property
+    def indices(self) -> torch.Tensor:
+        """The current ids as int64 [B * T], padding (whose output is never read) as text."""
+        return self._once("indices", lambda ids: ids.reshape(-1).clamp(min=0).long())
+
+    def rows_of(self, modality: Modality) -> torch.Tensor:
+        """Numbers of the current tokens of one modality in the flattened batch, int64 [n]."""
+        return self._once(modality.name, lambda ids: (ids.reshape(-1) == int(modality)).nonzero().squeeze(1))
+
+    def _once(self, name: str, make: Callable[[torch.Tensor], Any]) -> Any:
+        if self._current is None:
+            self._none_set()
+        if name not in self._derived:
+            self._derived[name] = make(self._current)
+        return self._derived[name]
+
+    @staticmethod
+    def _none_set() -> NoReturn:
+        raise ModelError(
+            "a quantized linear must know the modality of every token, and never assumes text",
+            value="no modality ids are set",
+            remedy="run the whole model with masq.modules.modality.install, or call ModalityContext.set first",
+        )
+
     def clear(self) -> None:
         """Forget the current ids: until the next ``set``, ``current`` raises."""
         self._current = None
+        self._derived.clear()
 
     @contextmanager
     def override(self, ids: torch.Tensor) -> Iterator[None]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 NIBBLE_BITS = 4
 """Codes of at most so many bits take half a byte each, wider ones a byte."""
+ZERO_POINT_BITS = 8
+"""Stored bits of a zero point, whatever the width of the codes."""
 
 
 @dataclass(frozen=True, eq=False)

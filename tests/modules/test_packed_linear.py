@@ -1,0 +1,257 @@
+"""The packed linear computes what the simulated one does, from fewer bytes, and gives its state back."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from masq.errors import ConfigError, MasqError
+from masq.models.base import Modality
+from masq.modules.modality import ModalityContext
+from masq.modules.packed_linear import PackedLinear, can_stack, stack
+from masq.modules.quant_linear import QuantLinear
+from masq.numerics.affine import quantize
+from masq.numerics.scheme import LinearFormat, Scheme, TensorFormat
+
+TEXT, VISION, AUDIO = Modality.TEXT, Modality.VISION, Modality.AUDIO
+IDS = torch.tensor([[-1, 0, 1, 1, 0, 2, 0], [0, 0, 2, 2, 2, 1, 0]], dtype=torch.int8)
+SCHEMES = ["w8a8", "w4a8", "w4a6", "w4a4", "w4a16"]
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def simulated(d_in: int, d_out: int, scheme: str, context: ModalityContext, *, seed: int = 0, **changes):
+    preset = Scheme.preset(scheme)
+    fmt = preset.weight
+    if fmt.granularity == "per_group":
+        fmt = TensorFormat(4, symmetric=False, granularity="per_group", group_size=d_in // 3)
+    parts = {
+        "weights": {TEXT: quantize(rand(d_out, d_in, seed=seed), fmt)},
+        "bias": rand(d_out, seed=seed + 1),
+        "activation": preset.activation,
+        # Linears of one group share the factors.
+        "smoothing": {m: rand(d_in, seed=100 + int(m)).exp() for m in (TEXT, VISION, AUDIO)},
+        "corrections": {
+            m: (rand(d_in, 3, seed=seed + 2) / 9, rand(3, d_out, seed=seed + 3) / 9) for m in (VISION, AUDIO)
+        },
+    }
+    return QuantLinear(context=context, **{**parts, **changes})
+
+
+@pytest.fixture
+def context() -> ModalityContext:
+    found = ModalityContext()
+    found.set(IDS)
+    return found
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("d_in", "d_out"), [(21, 5), (48, 33), (129, 1)])
+def test_equals_the_simulation_bit_for_bit(scheme, dtype, d_in, d_out, context):
+    layer = simulated(d_in, d_out, scheme, context, dtype=dtype)
+    x = rand(*IDS.shape, d_in, seed=9).to(dtype) * 3
+    packed = PackedLinear.from_simulated(layer, "reference")
+    assert torch.equal(packed(x), layer(x))
+    assert packed(x).dtype == dtype
+
+
+@pytest.mark.parametrize("absent", ["bias", "smoothing", "corrections"])
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
+def test_optional_parts(absent, scheme, context):
+    layer = simulated(24, 7, scheme, context, **{absent: None})
+    x = rand(*IDS.shape, 24)
+    assert torch.equal(PackedLinear.from_simulated(layer, "reference")(x), layer(x))
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
+def test_a_stack_computes_what_its_members_do(scheme, context):
+    """Members with and without bias, with different ranks, and with a modality that one does not correct."""
+    others = {VISION: (rand(24, 5, seed=50), rand(5, 4, seed=51))}
+    layers = [
+        simulated(24, 7, scheme, context),
+        simulated(24, 4, scheme, context, seed=1, bias=None, corrections=others),
+        simulated(24, 3, scheme, context, seed=2, corrections=None),
+    ]
+    x = rand(*IDS.shape, 24)
+    packed = [PackedLinear.from_simulated(layer, "reference") for layer in layers]
+    stack(packed)
+    assert packed[0].stack is packed[2].stack
+    for found, wanted in zip(packed, layers, strict=True):
+        torch.testing.assert_close(found(x), wanted(x), rtol=1e-6, atol=1e-6)
+    # The integer part, and so a batch of text alone, is the same to the last bit.
+    context.set(torch.zeros_like(IDS))
+    for found, wanted in zip(packed, layers, strict=True):
+        assert torch.equal(found(x), wanted(x))
+
+
+def test_a_stack_multiplies_once_an_input(context, monkeypatch):
+    packed = [
+        PackedLinear.from_simulated(simulated(24, 5, "w4a8", context, seed=seed), "reference") for seed in range(3)
+    ]
+    stack(packed)
+    kernel = packed[0].stack.prepare().kernel
+    calls = []
+    monkeypatch.setattr(type(kernel), "gemm", _counting(type(kernel).gemm, calls))
+    x = rand(*IDS.shape, 24)
+    first = [layer(x) for layer in packed]
+    assert len(calls) == 1
+    # The same tensor, changed in place, is another input; so is another tensor; so is a second pass.
+    x.mul_(2)
+    changed = [layer(x) for layer in packed]
+    assert len(calls) == 2
+    assert not torch.equal(first[1], changed[1])
+    for layer in packed:
+        layer(x.clone())
+    assert len(calls) == 5
+    with torch.inference_mode():
+        y = rand(*IDS.shape, 24)
+        for layer in packed:
+            layer(y)
+    assert len(calls) == 6
+    assert packed[0].stack._outputs == {}
+
+
+def _counting(function, calls):
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    return counted
+
+
+def test_only_equal_layers_are_stacked(context):
+    base = PackedLinear.from_simulated(simulated(24, 5, "w4a8", context), "reference")
+    other = ModalityContext()
+    different = [
+        simulated(24, 5, "w4a6", context),
+        simulated(24, 5, "w8a8", context),
+        simulated(24, 5, "w4a8", context, smoothing=None),
+        simulated(24, 5, "w4a8", context, smoothing={TEXT: rand(24).exp()}),
+        simulated(24, 5, "w4a8", other),
+        simulated(48, 5, "w4a8", context),
+    ]
+    for layer in different:
+        assert not can_stack(base, PackedLinear.from_simulated(layer, "reference"))
+    assert not can_stack(base, PackedLinear.from_simulated(simulated(24, 9, "w4a8", context), "torch"))
+    assert can_stack(base, PackedLinear.from_simulated(simulated(24, 9, "w4a8", context, seed=4), "reference"))
+
+
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_state_is_plain_whoever_holds_the_weight(scheme, kernel, context):
+    layers = [simulated(24, rows, scheme, context, seed=rows, dtype=torch.bfloat16) for rows in (6, 3)]
+    before = [PackedLinear.from_simulated(layer, kernel).state_dict() for layer in layers]
+    packed = [PackedLinear.from_simulated(layer, kernel) for layer in layers]
+    stack(packed)
+    x = rand(*IDS.shape, 24)
+    wanted = [layer(x) for layer in packed]
+    assert packed[0].codes is None
+    for layer, plain in zip(packed, before, strict=True):
+        found = layer.state_dict()
+        assert found.keys() == plain.keys()
+        assert all(torch.equal(found[name], plain[name]) for name in plain)
+        assert all(found[name].dtype == plain[name].dtype for name in plain)
+    # Equal tensors of two layers share no memory: a file keeps one of those that do.
+    states = [layer.state_dict() for layer in packed]
+    places = [{tensor.untyped_storage().data_ptr() for tensor in state.values()} for state in states]
+    assert not places[0] & places[1]
+    # Moved and cast, a layer is whole again, and scales and factors keep their precision.
+    for layer in packed:
+        layer.to(torch.bfloat16)
+    assert packed[0].scale.dtype == torch.float32
+    assert packed[1].inverse_smoothing.dtype == torch.float32
+    for layer, plain in zip(packed, before, strict=True):
+        assert all(torch.equal(layer.state_dict()[name], plain[name]) for name in ("codes", "scale"))
+    for found, w in zip(packed, wanted, strict=True):
+        torch.testing.assert_close(found(x), w, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+def test_loaded_state_replaces_what_a_kernel_holds(kernel, context):
+    one, two = (PackedLinear.from_simulated(simulated(24, 6, "w4a8", context, seed=seed), kernel) for seed in (1, 2))
+    x = rand(*IDS.shape, 24)
+    wanted = two(x)
+    assert not torch.equal(one(x), wanted)
+    one.load_state_dict(two.state_dict())
+    assert torch.equal(one(x), wanted)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a6", "w4a16"])
+def test_empty_layers_are_filled_by_name(scheme, context):
+    layer = simulated(24, 6, scheme, context, dtype=torch.bfloat16)
+    packed = PackedLinear.from_simulated(layer, "reference")
+    fmt = LinearFormat(layer.weight_format, layer.activation)
+    with torch.device("meta"):
+        empty = PackedLinear.empty(
+            24,
+            6,
+            fmt,
+            context=context,
+            bias=torch.bfloat16,
+            num_smoothing=3,
+            ranks={m: (3, torch.float32) for m in (VISION, AUDIO)},
+            kernel="reference",
+        )
+    state = packed.state_dict()
+    assert {name: (t.shape, t.dtype) for name, t in empty.state_dict().items()} == {
+        name: (t.shape, t.dtype) for name, t in state.items()
+    }
+    empty.load_state_dict(state, assign=True)
+    x = rand(*IDS.shape, 24)
+    assert torch.equal(empty(x), packed(x))
+
+
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+def test_copies_are_independent(kernel, context):
+    packed = [PackedLinear.from_simulated(simulated(24, 6, "w4a8", context, seed=seed), kernel) for seed in (1, 2)]
+    stack(packed)
+    both = nn.ModuleList(packed)
+    x = rand(*IDS.shape, 24)
+    wanted = [layer(x) for layer in both]
+    twin = copy.deepcopy(both)
+    twin[0].context.set(IDS)
+    assert twin[0].stack is twin[1].stack
+    assert twin[0].stack is not packed[0].stack
+    for layer, w in zip(twin, wanted, strict=True):
+        assert torch.equal(layer(x), w)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "auto"])
+def test_all_text_never_touches_an_adapter(kernel, context, monkeypatch):
+    packed = PackedLinear.from_simulated(simulated(24, 6, "w4a8", context), kernel)
+    bare = PackedLinear.from_simulated(simulated(24, 6, "w4a8", context, corrections=None), kernel)
+    context.set(torch.zeros_like(IDS))
+    monkeypatch.setattr(type(packed.stack), "_up", lambda *_: pytest.fail("an adapter was read"))
+    x = rand(*IDS.shape, 24)
+    assert torch.equal(packed(x), bare(x))
+
+
+def test_memory_is_what_is_stored(context):
+    """Packed codes, and the kernel keeps nothing besides its own layout."""
+    layers = [simulated(128, rows, "w4a8", context, seed=rows) for rows in (64, 32)]
+    packed = [PackedLinear.from_simulated(layer, "reference") for layer in layers]
+    stack(packed)
+    codes, scales = 96 * 128 // 2, 4 * 96
+    smoothing, bias = 3 * 128 * 4 + 3 * 8, 4 * 96
+    adapters = 2 * 4 * (128 * 3 * 2 + 3 * 96)
+    assert packed[0].stack.num_bytes == codes + scales + smoothing + bias + adapters
+    assert packed[0].codes is None
+
+
+def test_refusals(context):
+    fmt = Scheme.preset("w4a8").weight
+    weights = {m: quantize(rand(6, 24, seed=int(m)), fmt) for m in (TEXT, VISION)}
+    with pytest.raises(MasqError, match="one weight for all modalities"):
+        PackedLinear.from_simulated(simulated(24, 6, "w4a8", context, weights=weights, corrections=None))
+    with pytest.raises(ConfigError, match="Did you mean"):
+        PackedLinear.from_simulated(simulated(24, 6, "w4a8", context), "refrence")(rand(*IDS.shape, 24))
+    packed = PackedLinear.from_simulated(simulated(24, 6, "w4a8", context), "reference")
+    context.clear()
+    with pytest.raises(MasqError, match="modality"):
+        packed(rand(*IDS.shape, 24))
