@@ -16,9 +16,10 @@ from masq import sizes
 from masq.calibration.config import CalibrationConfig
 from masq.compensation.config import Compensation, NoCompensation
 from masq.decoding import decode_dataclass, to_plain
-from masq.errors import ConfigError
+from masq.errors import ConfigError, unknown_name
 from masq.evaluation.config import EvaluationConfig
 from masq.files import canonical_hash
+from masq.kernels import AUTO, KERNELS
 from masq.models.config import Architecture, ModelConfig
 from masq.numerics.scheme import Scheme
 from masq.rounding.config import NearestRounding, NoRounding, Rounding
@@ -114,6 +115,9 @@ class RunConfig:
         output: where results go.
         seed: of every random stream, keyed further by stage and block.
         threads: CPU threads, None for torch's choice. Recorded; does not change the identity.
+        execution: ``simulated`` keeps integer codes in bytes and multiplies them in torch; ``packed`` keeps the stored
+            bits and multiplies by a kernel, so that scores and fidelity come from what would be deployed.
+        kernel: of packed execution, ``auto`` for the fastest that can run each linear.
         preset: name of a set of overrides that was used, shown under tables.
     """
 
@@ -127,6 +131,8 @@ class RunConfig:
     seed: int = 0
     threads: int | None = None
     preset: str | None = None
+    execution: Literal["simulated", "packed"] = "simulated"
+    kernel: str = AUTO
 
     def __post_init__(self) -> None:
         """Refuse combinations that cannot run or mean nothing.
@@ -140,6 +146,7 @@ class RunConfig:
             raise ConfigError("threads must be positive", value=self.threads, remedy="set null for torch's choice")
         active_modalities(self)
         _check_method(self.method)
+        _check_execution(self)
         if not self.method.is_float:
             _check_formats(self)
 
@@ -199,6 +206,7 @@ def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
         (plain["scheme"], "overrides", []),
         (plain["evaluation"], "score", True),
         (plain["evaluation"], "benchmarks", None),
+        (plain["evaluation"], "batch_seconds", None),
         (plain["evaluation"], "allow_overlap", False),
         (plain["calibration"], "samples", None),
         (plain["calibration"], "mix", None),
@@ -206,6 +214,8 @@ def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
     ):
         if group.get(key) == not_there:
             group.pop(key, None)
+    if plain["execution"] == "simulated" or config.method.is_float:
+        del plain["execution"], plain["kernel"]
     del plain["calibration"]["cache"], plain["evaluation"]["keep_float"], plain["evaluation"]["records"]
     return plain
 
@@ -303,6 +313,23 @@ def _check_method(method: MethodConfig) -> None:
             "compensation corrects one shared weight, and rounding.per_modality has none",
             value=f"method.compensation={method.compensation.kind}",
             remedy="set method.compensation=none, or method.rounding=nearest",
+        )
+
+
+def _check_execution(config: RunConfig) -> None:
+    if config.kernel != AUTO and config.kernel not in KERNELS:
+        raise unknown_name("kernel", config.kernel, [AUTO, *KERNELS.names()])
+    if config.execution == "simulated" and config.kernel != AUTO:
+        raise ConfigError(
+            "a kernel runs packed weights",
+            value=f"kernel={config.kernel}, execution=simulated",
+            remedy=f"set execution=packed, or kernel={AUTO}",
+        )
+    if config.execution == "packed" and config.method.stores_weight_per_modality:
+        raise ConfigError(
+            "packed execution has one weight for all modalities",
+            value=f"method {config.method.name} stores one for each",
+            remedy="use execution=simulated, or a method with rounding.per_modality=false",
         )
 
 

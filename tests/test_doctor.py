@@ -16,7 +16,7 @@ from masq.report.provenance import library_version
 
 def test_report_names_versions_device_and_model() -> None:
     text = doctor.report()
-    for title in ("masq", "Libraries", "Processor", "GPU", "Compilers", "Embedded model"):
+    for title in ("masq", "Libraries", "Processor", "GPU", "Compilers", "Kernels", "Embedded model"):
         assert f"\n{title}\n" in f"\n{text}\n"
     for name in ("torch", "transformers", "hydra-core"):
         assert f"{name:<18} {library_version(name)}" in text

@@ -22,6 +22,7 @@ from masq.evaluation.evaluate import evaluate
 from masq.inputs import load_data
 from masq.models.base import Sample
 from masq.models.zoo import nano
+from masq.modules.footprint import footprint
 from masq.plan import plan
 from masq.report.record import RunRecord, comparable, read_record
 from masq.report.table import table
@@ -150,6 +151,36 @@ def test_every_method_end_to_end(splits: dict[str, Path], tmp_path: Path, method
         assert 4 < record.effective_bits["codes"] < 12 if method == "mas" else record.effective_bits["codes"] == 4
         assert (record.effective_bits["adapters"] > 0) == (method in ("masquant", "qera"))
         assert len(record.blocks) == 3
+
+
+@pytest.mark.parametrize("method", ["rtn", "masquant", "quarot_gptq"])
+def test_packed_execution_equals_the_simulation(splits: dict[str, Path], tmp_path: Path, method: str) -> None:
+    simulated = run(config(splits, tmp_path, method))
+    packed = run(config(splits, tmp_path, method, execution="packed"))
+    assert packed.identity != simulated.identity
+    assert sum(packed.provenance["kernels"].values()) == 21
+    assert packed.scores == simulated.scores
+    assert packed.effective_bits == simulated.effective_bits
+    for name, by_modality in simulated.fidelity.items():
+        if isinstance(by_modality, dict):
+            assert packed.fidelity[name] == pytest.approx(by_modality, rel=1e-3)
+    rows = table([simulated, packed]).splitlines()
+    assert "simulated" in rows[2]
+    assert "packed (" in rows[3]
+    # What was packed answers as it did in the run.
+    again = load_finished(next(tmp_path.glob(f"*-{packed.identity[:10]}")))
+    assert footprint(again.blocks()).to_dict() == packed.effective_bits
+
+
+def test_packed_execution_of_one_kernel(splits: dict[str, Path], tmp_path: Path) -> None:
+    record = run(config(splits, tmp_path, execution="packed", kernel="reference"))
+    assert record.provenance["kernels"] == {"reference": 21}
+    with pytest.raises(ConfigError, match="a kernel runs packed weights"):
+        config(splits, tmp_path, kernel="reference")
+    with pytest.raises(ConfigError, match="Did you mean reference"):
+        config(splits, tmp_path, execution="packed", kernel="refrence")
+    with pytest.raises(ConfigError, match="one weight for all modalities"):
+        config(splits, tmp_path, "mas", execution="packed")
 
 
 def test_a_finished_run_is_skipped(splits: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,8 @@ class EvaluationConfig:
             no result. Takes a number of the model's dtype for each token, block and channel; about 3 GB for
             ``smol_omni`` and 43 samples of each task.
         score: whether tasks are scored; if not, the model is only compared with the float model (SQNR, NLL, KL).
+        batch_seconds: a batch of answers that takes longer is cut there; what has not ended counts as truncated, and
+            the record says so. None to wait for every answer.
         max_failure_share: a task with a larger share of empty, truncated or repeating answers fails its score.
     """
 
@@ -46,6 +48,7 @@ class EvaluationConfig:
     fidelity_samples_per_task: int | None = None
     keep_float: bool = False
     score: bool = True
+    batch_seconds: float | None = None
     max_failure_share: float = 0.5
 
     def __post_init__(self) -> None:
@@ -61,6 +64,10 @@ class EvaluationConfig:
         for name in ("batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be positive", value=getattr(self, name))
+        if self.batch_seconds is not None and self.batch_seconds <= 0:
+            raise ConfigError(
+                "batch_seconds must be positive", value=self.batch_seconds, remedy="set null for no limit"
+            )
         if not 0 <= self.max_failure_share <= 1:
             raise ConfigError("max_failure_share must lie between 0 and 1", value=self.max_failure_share)
         if self.tasks is not None and not self.tasks:

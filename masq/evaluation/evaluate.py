@@ -42,6 +42,14 @@ class EvaluationResult:
     versions: dict[str, str] = field(default_factory=dict)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def warn_of_time(self) -> None:
+        """Add a warning for every task some of whose answers were cut because their batch ran out of time."""
+        cut = {task: own["cut_by_time"] for task, own in self.tasks.items() if own.get("cut_by_time")}
+        self.warnings += [
+            f"{task}: {count} answers were cut where their batch ran out of time: other machines cut others"
+            for task, count in cut.items()
+        ]
+
 
 def evaluate(
     adapter: ModelAdapter,
@@ -83,6 +91,7 @@ def evaluate(
             _score_choices(result, task, own, documents)
         else:
             _note(result, task, own, perplexity(*zip(*documents, strict=True)))
+    result.warn_of_time()
     return result
 
 

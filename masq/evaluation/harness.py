@@ -110,7 +110,13 @@ def _run_multimodal(
     tasks: list[Any] = [
         LocalTask({"task": PREFIX + task}, own, config.split, config.max_new_tokens) for task, own in by_task.items()
     ]
-    model = MasqLmms(adapter, folder=folder / "answers", batch_size=config.batch_size, progress=progress)
+    model = MasqLmms(
+        adapter,
+        folder=folder / "answers",
+        batch_size=config.batch_size,
+        batch_seconds=config.batch_seconds,
+        progress=progress,
+    )
     found = simple_evaluate(
         model=model,
         tasks=tasks,

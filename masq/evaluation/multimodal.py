@@ -60,7 +60,8 @@ class MasqLmms(lmms):
 
     Attributes:
         answers: what was answered, by task, in the order of the requests.
-        decoding: by task: ``max_new_tokens``, ``until``, and ``ignored`` generation arguments.
+        decoding: by task: ``max_new_tokens``, ``until``, ``ignored`` generation arguments, and where a batch ran out of
+            time, how many answers that ``cut_by_time``.
     """
 
     is_simple = False
@@ -73,6 +74,7 @@ class MasqLmms(lmms):
         batch_size: int = 1,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         max_frames: int = 32,
+        batch_seconds: float | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Wrap a live model.
@@ -83,6 +85,7 @@ class MasqLmms(lmms):
             batch_size: requests per batch; batches are a fixed function of the order of requests.
             max_new_tokens: longest answer of tasks that name no limit.
             max_frames: of a video, evenly spaced.
+            batch_seconds: a batch that takes longer is cut there (see ``EvaluationConfig``).
             progress: told after every batch; logs a line by default.
         """
         super().__init__()
@@ -91,6 +94,7 @@ class MasqLmms(lmms):
         self.adapter = adapter
         self.folder = Path(mkdtemp(prefix="masq-answers-") if folder is None else folder)
         self.batch_size, self.max_new_tokens, self.max_frames = batch_size, max_new_tokens, max_frames
+        self.batch_seconds = batch_seconds
         self.progress = progress or ProgressLog()
         self.answers: dict[str, list[Answer]] = {}
         self.decoding: dict[str, dict[str, Any]] = {}
@@ -116,7 +120,11 @@ class MasqLmms(lmms):
         entries = run_batches("answers", batches, self._compute, store, self.progress)
         by_id = {entry["id"]: Answer(**entry) for entry in entries}
         for question in questions:
-            self.answers.setdefault(question.task, []).append(by_id[question.id])
+            answer = by_id[question.id]
+            self.answers.setdefault(question.task, []).append(answer)
+            if answer.truncated and answer.num_tokens < question.max_new_tokens:
+                decoding = self.decoding[question.task]
+                decoding["cut_by_time"] = decoding.get("cut_by_time", 0) + 1
         return [by_id[question.id].text for question in questions]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
@@ -133,7 +141,8 @@ class MasqLmms(lmms):
     def _compute(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
         conversations = [Conversation.from_messages(one.id, one.messages(), self.max_frames) for one in questions]
         batch = self.adapter.encode_conversations(conversations)
-        generated = self.adapter.generate(batch, max(one.max_new_tokens for one in questions))
+        limit = max(one.max_new_tokens for one in questions)
+        generated = self.adapter.generate(batch, limit, self.batch_seconds)
         return [
             asdict(read_answer(self.adapter, one.id, ids, until=one.until))
             for one, ids in zip(questions, generated, strict=True)

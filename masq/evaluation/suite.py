@@ -97,6 +97,7 @@ def run_benchmarks(
     for name in config.benchmarks or ():
         benchmark = BENCHMARKS.get(name)
         _run_one(result, adapter, benchmark, config, folder / "benchmarks" / name, progress)
+    result.warn_of_time()
     return result
 
 
@@ -139,7 +140,13 @@ def _multimodal(
 
     from masq.evaluation.multimodal import MasqLmms
 
-    model = MasqLmms(adapter, folder=folder / "answers", batch_size=config.batch_size, progress=progress)
+    model = MasqLmms(
+        adapter,
+        folder=folder / "answers",
+        batch_size=config.batch_size,
+        batch_seconds=config.batch_seconds,
+        progress=progress,
+    )
     found = simple_evaluate(
         model=model,
         tasks=[task],

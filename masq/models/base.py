@@ -292,20 +292,21 @@ class ModelAdapter(ABC):
 
         return prompts.encode_conversations(self, conversations)
 
-    def generate(self, batch: EncodedBatch, max_new_tokens: int) -> list[list[int]]:
+    def generate(self, batch: EncodedBatch, max_new_tokens: int, max_seconds: float | None = None) -> list[list[int]]:
         """Greedy answers, with the KV cache; media placeholders are never generated.
 
         Args:
             batch: encoded without answers.
             max_new_tokens: upper bound on the length of an answer.
+            max_seconds: stop the whole batch after the token at which so much time has passed; None for never.
 
         Returns:
             By sample, the generated ids up to and with the first end token (one of ``end_ids``). An answer that never
-            ended has ``max_new_tokens`` ids, none of them an end token.
+            ended has ``max_new_tokens`` ids, fewer if time ran out, none of them an end token.
         """
         from masq.models import generation
 
-        return generation.greedy(self, batch, max_new_tokens)
+        return generation.greedy(self, batch, max_new_tokens, max_seconds)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, special tokens left out."""

@@ -54,10 +54,12 @@ def greedy_config(ends: Collection[int], pad_id: int, suppressed: Collection[int
 
 
 @torch.no_grad()
-def greedy(adapter: ModelAdapter, batch: EncodedBatch, max_new_tokens: int) -> list[list[int]]:
+def greedy(
+    adapter: ModelAdapter, batch: EncodedBatch, max_new_tokens: int, max_seconds: float | None = None
+) -> list[list[int]]:
     """Body of ``ModelAdapter.generate``; see there."""
     config = greedy_config(adapter.end_ids, adapter.pad_id, adapter.placeholders())
-    config.max_new_tokens = max_new_tokens
+    config.max_new_tokens, config.max_time = max_new_tokens, max_seconds
     sequences = adapter.model.generate(**batch.inputs, generation_config=config)
     prompt_length = batch.inputs["input_ids"].shape[1]
     return [_cut(row, adapter.end_ids) for row in sequences[:, prompt_length:].tolist()]

@@ -139,7 +139,17 @@ def _sample_notes(records: Sequence[RunRecord]) -> list[str]:
     notes = [f"Evaluation samples: {', '.join(sizes)}. ± is one standard error."] if sizes else []
     notes += _split_notes(records)
     notes += [f"Calibration samples: {'; '.join(calibration)}."] if calibration else []
-    return notes + ([f"Preset: {', '.join(presets)}."] if presets else [])
+    notes += [f"Preset: {', '.join(presets)}."] if presets else []
+    packed = sorted({_execution(record) for record in records if record.provenance.get("kernels")})
+    return notes + ([f"Stored bits, multiplied by kernels: {', '.join(packed)}."] if packed else [])
+
+
+def _execution(record: RunRecord) -> str:
+    """Whether the quantized linears were simulated, or which kernels ran them packed."""
+    if _is_float(record):
+        return ABSENT
+    kernels = record.provenance.get("kernels")
+    return f"packed ({', '.join(sorted(kernels))})" if kernels else "simulated"
 
 
 def _calibration(record: RunRecord) -> str:
@@ -197,7 +207,7 @@ def _choose(available: list[Column], wanted: Sequence[str] | None) -> list[Colum
 
 
 def labels_of(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """Leading text columns: title and text by record; model, modality, calibration and its seed only when they vary."""
+    """Leading text columns: title and text by record; all but scheme and method only when they vary."""
     schemes = ["float" if _is_float(record) else record.scheme for record in records]
     labels = [
         ("model", [str(_lookup(record.config, "model", "name")) for record in records]),
@@ -206,6 +216,7 @@ def labels_of(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         ("method", [record.method for record in records]),
         ("calibration", [ABSENT if _is_float(record) else _calibration(record) for record in records]),
         ("seed", [ABSENT if _is_float(r) else str(_lookup(r.config, "calibration", "seed")) for r in records]),
+        ("execution", [_execution(record) for record in records]),
     ]
     return [
         (title, values) for title, values in labels if title in ("scheme", "method") or len({*values} - {ABSENT}) > 1

@@ -133,7 +133,7 @@ class Scripted:
             said.append(self.answers[task][int(document)])
         return said
 
-    def generate(self, said: Sequence[str], _max_new_tokens: int) -> list[list[int]]:
+    def generate(self, said: Sequence[str], *_limits: Any) -> list[list[int]]:
         return [[*text.encode(), 256] for text in said]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -367,9 +367,9 @@ def test_a_model_goes_through_all_multimodal_benchmarks(omni: ModelAdapter, tmp_
     seen: dict[int, set[int]] = {}
     generate = omni.generate
 
-    def watch(batch: Any, limit: int) -> list[list[int]]:
+    def watch(batch: Any, *limits: Any) -> list[list[int]]:
         seen[len(seen)] = set(batch.modality.unique().tolist())
-        return generate(batch, limit)
+        return generate(batch, *limits)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(omni, "generate", watch)

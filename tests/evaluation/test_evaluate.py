@@ -126,7 +126,7 @@ class Parrot:
     def encode_conversations(self, conversations: Any) -> Any:
         return conversations
 
-    def generate(self, conversations: Any, max_new_tokens: int) -> list[list[int]]:
+    def generate(self, conversations: Any, max_new_tokens: int, _max_seconds: float | None = None) -> list[list[int]]:
         return [self.answers[one.texts[0]][:max_new_tokens] for one in conversations]
 
     def decode(self, ids: Any) -> str:
@@ -166,6 +166,20 @@ def test_a_model_that_repeats_itself_has_no_valid_score(tmp_path: Path) -> None:
     result = score({"one": [5, 5, 5, 5, 5], "two": [5, 5, 5, 5, 0]}, 0.5, tmp_path)
     assert result.health["speech"] == {"n": 2, "empty": 0, "truncated": 2, "repeating": 2, "failed": 2}
     assert not any(one.valid for one in result.scores["speech"].values())
+
+
+def test_a_batch_that_runs_out_of_time_is_cut_and_said_to_be(
+    adapter: ModelAdapter, samples: list[Sample], tmp_path: Path
+) -> None:
+    whole = evaluate(adapter, samples, CONFIG, tmp_path / "whole")
+    patient = evaluate(adapter, samples, replace(CONFIG, batch_seconds=1e6), tmp_path / "patient")
+    assert patient.outcomes == whole.outcomes
+    assert not patient.warnings
+    hasty = evaluate(adapter, samples, replace(CONFIG, batch_seconds=1e-9, max_failure_share=0.5), tmp_path / "hasty")
+    assert hasty.tasks["speech"]["cut_by_time"] == 3
+    assert hasty.health["speech"]["truncated"] == 3
+    assert not hasty.scores["speech"]["exact_match"].valid
+    assert any(warning.startswith("speech: 3 answers were cut") for warning in hasty.warnings)
 
 
 def test_outcomes_are_those_of_the_samples(adapter: ModelAdapter, samples: list[Sample], tmp_path: Path) -> None:

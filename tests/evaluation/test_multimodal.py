@@ -58,7 +58,7 @@ class Listener:
         self.shown += [[kind_of(part) for part in one.parts] for one in conversations]
         return conversations
 
-    def generate(self, conversations: Any, max_new_tokens: int) -> list[list[int]]:
+    def generate(self, conversations: Any, max_new_tokens: int, _max_seconds: float | None = None) -> list[list[int]]:
         self.calls += 1
         return [[*map(ord, one.texts[-1]), 0] for one in conversations]
 
@@ -107,7 +107,7 @@ def test_answers_are_those_of_the_model(make_model: Make, samples: list[Sample],
 
 def test_an_exception_is_not_an_empty_answer(tmp_path: Path) -> None:
     class Breaking(Listener):
-        def generate(self, conversations: Any, max_new_tokens: int) -> list[list[int]]:
+        def generate(self, conversations: Any, max_new_tokens: int, *_limits: Any) -> list[list[int]]:
             if self.calls == 1:
                 raise MemoryError("out of memory")
             return super().generate(conversations, max_new_tokens)
@@ -166,9 +166,9 @@ def test_sound_sent_as_video_is_heard(tmp_path: Path, make_model: Make) -> None:
     seen: list[Any] = []
     generate = adapter.generate
 
-    def watch(batch: Any, limit: int) -> list[list[int]]:
+    def watch(batch: Any, *limits: Any) -> list[list[int]]:
         seen.append(batch.modality)
-        return generate(batch, limit)
+        return generate(batch, *limits)
 
     adapter.generate = watch  # type: ignore[method-assign]
     lmms = MasqLmms(adapter, folder=tmp_path)
