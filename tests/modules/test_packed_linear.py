@@ -11,8 +11,9 @@ from torch import nn
 from masq.errors import ConfigError, MasqError
 from masq.models.base import Modality
 from masq.modules.modality import ModalityContext
-from masq.modules.packed_linear import PackedLinear, can_stack, stack
+from masq.modules.packed_linear import PackedLinear
 from masq.modules.quant_linear import QuantLinear
+from masq.modules.stack import can_stack, stack
 from masq.numerics.affine import quantize
 from masq.numerics.scheme import LinearFormat, Scheme, TensorFormat
 

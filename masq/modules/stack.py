@@ -1,0 +1,246 @@
+"""Packed linears that read the same input, run as one.
+
+Shapes: B batch, T tokens, N = B*T rows, I input channels, O output channels of a member, R rank, n rows of a modality.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from masq.kernels import select
+from masq.kernels.base import Kernel, LinearSpec, PreparedWeight, RowAddend, RowSmoothing
+from masq.numerics.packing import PackedWeight, concatenate, split
+from masq.numerics.scheme import LinearFormat
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from masq.models.base import Modality
+    from masq.modules.modality import ModalityContext
+    from masq.modules.packed_linear import PackedLinear
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """What a stack holds while a kernel has its weights.
+
+    Attributes:
+        kernel: that runs it.
+        weight: of all members, one below the other.
+        bias: float32 [sum of O], or None.
+        left: L1 of all members side by side, [I, sum of R], by modality.
+        right: L2 of each member, None where it has none, by modality.
+    """
+
+    kernel: Kernel
+    weight: PreparedWeight
+    bias: torch.Tensor | None
+    left: dict[Modality, torch.Tensor]
+    right: dict[Modality, list[torch.Tensor | None]]
+
+
+class Stack:
+    """Linears that read the same input, run as one: the input is smoothed and quantized once, and multiplied once.
+
+    Args:
+        members: layers of one input size, formats, smoothing and kernel (see ``can_stack``).
+    """
+
+    def __init__(self, members: Sequence[PackedLinear]) -> None:
+        self.members = list(members)
+        self.sizes = [member.out_features for member in members]
+        self._prepared: _Prepared | None = None
+        self._source: weakref.ref[torch.Tensor] | None = None
+        self._version: int | None = None
+        self._outputs: dict[PackedLinear, torch.Tensor] = {}
+
+    def output(self, member: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+        """Output [B, T, O] of ``member`` for ``x`` [B, T, I]; that of the others is kept until they ask for it."""
+        if len(self.members) == 1:
+            return self._run(x)
+        version = None if x.is_inference() else x._version
+        known = self._source is not None and self._source() is x and self._version == version
+        if not known or member not in self._outputs:
+            parts = self._run(x).split(self.sizes, dim=-1)
+            self._outputs = dict(zip(self.members, parts, strict=True))
+            self._source, self._version = weakref.ref(x), version
+        return self._outputs.pop(member)
+
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
+        held = self._prepared or self.prepare()
+        batch, tokens = x.shape[0], x.shape[1]
+        first = self.members[0]
+        context = first.context
+        context.current(batch, tokens)
+        rows_ni = x.reshape(-1, first.in_features).contiguous()
+        smoothing = self._smoothing(context)
+        activation = held.kernel.quantize(rows_ni, first.activation, smoothing)
+        addend = self._addend(held, rows_ni, smoothing, context)
+        y_no = held.kernel.gemm(activation, held.weight, bias=held.bias, addend=addend, dtype=x.dtype)
+        return y_no.view(batch, tokens, -1)
+
+    def _smoothing(self, context: ModalityContext) -> RowSmoothing | None:
+        """The factors of every row; one for all where there is but one or every token is text."""
+        first = self.members[0]
+        if first.inverse_smoothing is None:
+            return None
+        if len(first.inverse_smoothing) == 1 or context.text_only:
+            return RowSmoothing(first.inverse_smoothing[:1], None)
+        assert first.smoothing_rows is not None
+        return RowSmoothing(first.inverse_smoothing, first.smoothing_rows[context.indices])
+
+    def _addend(
+        self, held: _Prepared, rows_ni: torch.Tensor, smoothing: RowSmoothing | None, context: ModalityContext
+    ) -> RowAddend | None:
+        """Low-rank corrections of the rows of their modality; none for text, and so none in decoding."""
+        if not held.left or context.text_only:
+            return None
+        rows, values = [], []
+        for modality, left in held.left.items():
+            own = context.rows_of(modality)
+            if own.numel():
+                u_nr = _smoothed(rows_ni, own, smoothing) @ left.to(rows_ni.dtype)
+                rows.append(own)
+                values.append(self._up(u_nr, held.right[modality]))
+        if not rows:
+            return None
+        return RowAddend(rows[0], values[0]) if len(rows) == 1 else RowAddend(torch.cat(rows), torch.cat(values))
+
+    def _up(self, u_nr: torch.Tensor, rights: list[torch.Tensor | None]) -> torch.Tensor:
+        """L2 of every member on its columns of U: [n, sum of O]."""
+        if len(rights) == 1 and rights[0] is not None:
+            return u_nr @ rights[0].to(u_nr.dtype)
+        values = u_nr.new_empty(len(u_nr), sum(self.sizes))
+        column = 0
+        for part, right in zip(values.split(self.sizes, dim=1), rights, strict=True):
+            if right is None:
+                part.zero_()
+            else:
+                torch.matmul(u_nr[:, column : column + len(right)], right.to(u_nr.dtype), out=part)
+                column += len(right)
+        return values
+
+    def prepare(self) -> _Prepared:
+        """Hand the weights to the kernel.
+
+        Raises:
+            ConfigError: no kernel can run them, or not the one asked for.
+        """
+        if self._prepared is None:
+            first = self.members[0]
+            whole = concatenate([member.plain() for member in self.members])
+            fmt = LinearFormat(first.weight_format, first.activation)
+            spec = LinearSpec(whole.in_features, whole.out_features, fmt, whole.codes.device.type)
+            kernel = select(first.kernel, spec)
+            left, right = self._take_factors()
+            self._prepared = _Prepared(kernel, kernel.prepare(whole), self._bias(), left, right)
+            for member in self.members:
+                member.release_plain()
+                member.inverse_smoothing, member.smoothing_rows = first.inverse_smoothing, first.smoothing_rows
+        return self._prepared
+
+    def release(self) -> None:
+        """Give the plain layout back to the members."""
+        if self._prepared is not None:
+            plain = [self._plain_of(index) for index in range(len(self.members))]
+            self._prepared = None
+            for member, (weight, factors) in zip(self.members, plain, strict=True):
+                member.set_plain(weight, factors)
+        self._outputs, self._source = {}, None
+
+    def plain_tensors(self, member: PackedLinear) -> dict[str, torch.Tensor]:
+        """What of the state of ``member`` a kernel holds now, in the plain layout."""
+        if self._prepared is None:
+            return {}
+        weight, factors = self._plain_of(self.members.index(member))
+        tensors = {"codes": weight.codes, "scale": weight.scale}
+        if weight.zero_point is not None:
+            tensors["zero_point"] = weight.zero_point
+        for modality, (left, right) in factors.items():
+            tensors |= {f"left_{modality.name.lower()}": left, f"right_{modality.name.lower()}": right}
+        return tensors
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in memory of everything that the members need."""
+        held = self.prepare()
+        first = self.members[0]
+        kept = [held.bias, first.inverse_smoothing, first.smoothing_rows, *held.left.values()]
+        kept += [right for rights in held.right.values() for right in rights]
+        return held.weight.num_bytes + sum(one.numel() * one.element_size() for one in kept if one is not None)
+
+    def _plain_of(self, index: int) -> tuple[PackedWeight, dict[Modality, tuple[torch.Tensor, torch.Tensor]]]:
+        assert self._prepared is not None
+        held = self._prepared
+        weight = split(held.kernel.restore(held.weight), self.sizes)[index]
+        factors = {}
+        for modality, rights in held.right.items():
+            right = rights[index]
+            if right is not None:
+                before = sum(len(other) for other in rights[:index] if other is not None)
+                factors[modality] = held.left[modality][:, before : before + len(right)].clone(), right
+        return weight, factors
+
+    def _take_factors(self) -> tuple[dict[Modality, torch.Tensor], dict[Modality, list[torch.Tensor | None]]]:
+        left: dict[Modality, torch.Tensor] = {}
+        right: dict[Modality, list[torch.Tensor | None]] = {}
+        for modality in sorted({m for member in self.members for m in member.correction_modalities}):
+            has = [modality in member.correction_modalities for member in self.members]
+            factors = [member.factors(modality) if own else None for member, own in zip(self.members, has, strict=True)]
+            left[modality] = torch.cat([pair[0] for pair in factors if pair is not None], dim=1)
+            right[modality] = [None if pair is None else pair[1] for pair in factors]
+        return left, right
+
+    def _bias(self) -> torch.Tensor | None:
+        biases = [member.bias for member in self.members]
+        like = next((bias for bias in biases if bias is not None), None)
+        if like is None:
+            return None
+        sized = zip(biases, self.sizes, strict=True)
+        return torch.cat([like.new_zeros(size).float() if bias is None else bias.float() for bias, size in sized])
+
+
+def stack(layers: Sequence[PackedLinear]) -> None:
+    """Have layers that read the same input run as one, as far as they can: equal formats, smoothing and kernel."""
+    kinds: list[list[PackedLinear]] = []
+    for layer in layers:
+        layer.stack.release()
+        kin = next((kind for kind in kinds if can_stack(kind[0], layer)), None)
+        if kin is None:
+            kinds.append([layer])
+        else:
+            kin.append(layer)
+    for kind in kinds:
+        joint = Stack(kind)
+        for layer in kind:
+            layer.stack = joint
+
+
+def can_stack(one: PackedLinear, other: PackedLinear) -> bool:
+    """Whether two layers that read the same input can be run as one."""
+    same = [
+        (layer.in_features, layer.weight_format, layer.activation, layer.kernel, id(layer.context))
+        for layer in (one, other)
+    ]
+    pairs = [(one.inverse_smoothing, other.inverse_smoothing), (one.smoothing_rows, other.smoothing_rows)]
+    return same[0] == same[1] and all(_equal(a, b) for a, b in pairs)
+
+
+def _smoothed(rows_ni: torch.Tensor, own: torch.Tensor, smoothing: RowSmoothing | None) -> torch.Tensor:
+    """Smoothed, unquantized rows of one modality, [n, I] in the dtype of the model."""
+    rows = rows_ni[own]
+    if smoothing is None:
+        return rows
+    which = 0 if smoothing.rows is None else smoothing.rows[own]
+    return (rows.float() * smoothing.inverse[which]).to(rows.dtype)
+
+
+def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    # Layers that a loader is still to fill cannot be compared: it stacks those that a checkpoint says share an input.
+    return one.shape == other.shape and (one.is_meta or torch.equal(one, other))
