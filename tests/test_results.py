@@ -61,6 +61,16 @@ def test_tables_are_those_of_the_records(name: str) -> None:
     assert (RESULTS / "tables" / f"{name}.md").read_text() == tables.render(name)
 
 
+def test_packed_execution_has_the_numbers_of_the_simulation() -> None:
+    """Integer products are exact either way; corrections are summed in another order where linears are stacked."""
+    simulated = records("smol_omni_fidelity")
+    for cell, record in records("smol_omni_packed").items():
+        assert set(record.provenance["kernels"]) == {"cpu"}
+        for name in ("sqnr", "nll", "kl"):
+            wanted = simulated[cell].fidelity[name]
+            assert record.fidelity[name] == pytest.approx(wanted, rel=2e-3, abs=2e-4), (cell, name)
+
+
 def test_every_table_composes_and_names_its_cells_once() -> None:
     for name in tables.definitions()["tables"]:
         names = [tables.cell_name(config) for config in tables.cells(name)]
