@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lm_eval.models.huggingface import HFLM
 
-from masq.errors import ConfigError, NumericalError
+from masq.errors import ConfigError, ModelError, NumericalError
 from masq.evaluation.batch_store import BatchStore, Progress, ProgressLog, run_batches
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class MasqLm(_HFLM):
         """
         if batch_size < 1:
             raise ConfigError("batch_size must be positive", value=batch_size)
+        weight = adapter.head().weight
         super().__init__(
             pretrained=adapter.model,
             backend="causal",
@@ -77,6 +78,13 @@ class MasqLm(_HFLM):
             # A sequence begins with its first token, or with the end token where the tokenizer has no other.
             add_bos_token=False,
         )
+        # HFLM ties the weights of every model that it is given, if the model's configuration says that they are tied.
+        if adapter.head().weight is not weight:
+            raise ModelError(
+                "a head with a weight of its own must not be tied to the embeddings",
+                value="lm-eval has just tied it, as model.config.tie_word_embeddings asks",
+                remedy="set config.tie_word_embeddings=False where the head gets its own weight, and load it again",
+            )
         self.folder = Path(mkdtemp(prefix="masq-likelihoods-") if folder is None else folder)
         self.progress = progress or ProgressLog()
         self._settings = {"batch_size": batch_size, "max_length": self.max_length}

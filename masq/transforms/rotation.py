@@ -67,6 +67,10 @@ def _untie(adapter: ModelAdapter) -> None:
     head = adapter.head()
     if head.weight is adapter.embeddings().weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    # Others tie weights as the configuration says, whenever they like: lm-eval ties those of every model it is given.
+    for config in (adapter.model.config, adapter.model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    adapter.model.all_tied_weights_keys = {}
 
 
 def _fold_norms(adapter: ModelAdapter) -> None:

@@ -13,11 +13,15 @@ from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from masq.errors import ConfigError, NumericalError
+from masq.errors import ConfigError, ModelError, NumericalError
 from masq.evaluation.language import MasqLm
 from masq.evaluation.local.language_task import LocalTextTask
 from masq.models.base import ModelAdapter, Sample
+from masq.models.qwen2_5_vl import Qwen25VLAdapter
+from masq.models.zoo import nano
 from masq.modules.modality import install
+from masq.transforms.config import HadamardRotation
+from masq.transforms.rotation import rotate_model
 from tests.evaluation.conftest import naive_nll
 
 Make = Callable[..., ModelAdapter]
@@ -40,6 +44,20 @@ def test_perplexity_is_that_of_a_plain_loop(make_model: Make, samples: list[Samp
     values = [value for one in prose for value in naive_nll(adapter, one)]
     expected = math.exp(sum(values) / len(values))
     assert found["results"]["masq_prose"]["perplexity,none"] == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_head_of_its_own_is_never_tied(tmp_path: Path) -> None:
+    """HFLM ties the weights of models that say they are tied: a rotated model must not say so."""
+    adapter = Qwen25VLAdapter(*nano.build("nano_vl", tied=True))
+    rotate_model(adapter, HadamardRotation(), seed=0)
+    weight = adapter.head().weight.clone()
+    MasqLm(adapter, folder=tmp_path)
+    assert torch.equal(adapter.head().weight, weight)
+    careless = Qwen25VLAdapter(*nano.build("nano_vl", tied=True))
+    careless.head().weight = torch.nn.Parameter(careless.head().weight * 2)
+    with pytest.raises(ModelError, match="must not be tied"):
+        MasqLm(careless, folder=tmp_path)
 
 
 def test_choices_are_counted_by_hand(make_model: Make, choices: list[Sample], tmp_path: Path) -> None:
