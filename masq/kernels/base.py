@@ -120,8 +120,8 @@ class Kernel(ABC):
         """Why this kernel cannot run a linear here: machine, compiler, format or shape; empty if it can."""
 
     @abstractmethod
-    def prepare(self, weight: PackedWeight) -> PreparedWeight:
-        """The stored weight in the layout of this kernel, on the same device."""
+    def prepare(self, weight: PackedWeight, activation: TensorFormat | None) -> PreparedWeight:
+        """The stored weight in the layout of this kernel for inputs of one format, on the same device."""
 
     @abstractmethod
     def restore(self, prepared: PreparedWeight) -> PackedWeight:

@@ -45,7 +45,7 @@ class ReferenceKernel(Kernel):
         """Never any."""
         return []
 
-    def prepare(self, weight: PackedWeight) -> PreparedWeight:
+    def prepare(self, weight: PackedWeight, activation: TensorFormat | None) -> PreparedWeight:
         """The stored tensors themselves."""
         tensors = {"codes": weight.codes, "scale": weight.scale}
         if weight.zero_point is not None:

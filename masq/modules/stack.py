@@ -137,7 +137,7 @@ class Stack:
             spec = LinearSpec(whole.in_features, whole.out_features, fmt, whole.codes.device.type)
             kernel = select(first.kernel, spec)
             left, right = self._take_factors()
-            self._prepared = _Prepared(kernel, kernel.prepare(whole), self._bias(), left, right)
+            self._prepared = _Prepared(kernel, kernel.prepare(whole, first.activation), self._bias(), left, right)
             for member in self.members:
                 member.release_plain()
                 member.inverse_smoothing, member.smoothing_rows = first.inverse_smoothing, first.smoothing_rows

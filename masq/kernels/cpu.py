@@ -1,0 +1,240 @@
+"""Our own kernels for x86 processors: AMX, AVX512-VNNI, AVX2, or plain C++; the same integers on each.
+
+Shapes: N rows, I input channels, O output channels, U smoothing vectors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from masq.errors import NumericalError
+from masq.kernels import w4a16
+from masq.kernels.base import Kernel, LinearSpec, PreparedWeight, QuantizedActivation, RowAddend, RowSmoothing
+from masq.kernels.build import BuildError, library
+from masq.numerics.integer_gemm import MAX_INNER
+from masq.numerics.packing import NIBBLE_BITS, PackedWeight, pack_nibbles, unpack_nibbles
+
+if TYPE_CHECKING:
+    from masq.numerics.scheme import TensorFormat
+
+ISAS = ("scalar", "avx2", "avx512_vnni", "amx")
+"""Instruction sets by their number in ``csrc/linear.cpp``."""
+BLOCK, PANEL, TILE = 64, 32, 16
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+
+
+class CpuKernel(Kernel):
+    """Exact integer products of symmetric weights with one scale a channel; see ``masq.kernels.w4a16`` for the others.
+
+    Results equal those of ``ReferenceKernel`` to the last bit: the codes, the int32 sums, and what follows in float32.
+    A weight takes half a byte or a byte per element, sizes rounded up to 64 inputs and 32 outputs, and 8 bytes a
+    channel; the same bytes serve one row and many.
+
+    Args:
+        isa: one of ``ISAS`` instead of the best that the processor offers.
+    """
+
+    name = "cpu"
+
+    def __init__(self, isa: str | None = None) -> None:
+        self._isa = None if isa is None else ISAS.index(isa)
+
+    @property
+    def isa(self) -> int:
+        """Number of the instruction set in use.
+
+        Raises:
+            BuildError: there is no library.
+        """
+        best = best_isa()  # asks the system for the tiles of AMX, whatever is used in the end
+        return best if self._isa is None else self._isa
+
+    def not_supported_reasons(self, spec: LinearSpec) -> list[str]:
+        """See ``Kernel.not_supported_reasons``."""
+        reasons = [] if spec.device == "cpu" else [f"tensors on {spec.device}, not on the processor"]
+        if platform.machine() not in ("x86_64", "AMD64"):
+            reasons.append(f"processor {platform.machine()}, not x86-64")
+        weight = spec.format.weight
+        if spec.format.activation is None:
+            reasons += [] if reasons else w4a16.not_supported_reasons(spec, lambda: self.isa)
+        elif not weight.symmetric or weight.granularity != "per_channel":
+            reasons.append("integer activations need symmetric weights with one scale an output channel")
+        elif spec.in_features > MAX_INNER:
+            reasons.append(f"more than {MAX_INNER} inputs: int32 sums could overflow")
+        if not reasons:
+            try:
+                if self.isa > best_isa():
+                    reasons.append(f"instruction set {ISAS[self.isa]}, the processor offers {ISAS[best_isa()]}")
+            except BuildError as error:
+                reasons.append(str(error))
+        return reasons
+
+    def prepare(self, weight: PackedWeight, activation: TensorFormat | None) -> PreparedWeight:
+        """See ``Kernel.prepare``."""
+        if activation is None:
+            return w4a16.prepare(weight)
+        four = weight.format.bits <= NIBBLE_BITS
+        codes = unpack_nibbles(weight.codes, weight.in_features, signed=True) if four else weight.codes
+        panels = _to_panels(codes)
+        tensors = {
+            "codes": pack_tiles(panels) if four else panels,
+            "scale": weight.scale.flatten().clone(),
+            "offset": _offsets(codes, 16 * 128 if four else 128),
+        }
+        return PreparedWeight(tensors, weight.format, weight.in_features, weight.out_features)
+
+    def restore(self, prepared: PreparedWeight) -> PackedWeight:
+        """See ``Kernel.restore``."""
+        if "offset" not in prepared.tensors:
+            return w4a16.restore(prepared)
+        four = prepared.format.bits <= NIBBLE_BITS
+        panels = prepared.tensors["codes"]
+        codes = _from_panels(unpack_tiles(panels) if four else panels)
+        codes = codes[: prepared.out_features, : prepared.in_features]
+        return PackedWeight(
+            pack_nibbles(codes) if four else codes.contiguous(),
+            prepared.tensors["scale"].view(-1, 1).clone(),
+            None,
+            prepared.format,
+            prepared.in_features,
+        )
+
+    def quantize(
+        self, x: torch.Tensor, activation: TensorFormat | None, smoothing: RowSmoothing | None
+    ) -> QuantizedActivation:
+        """See ``Kernel.quantize``."""
+        _check_rows(x, smoothing)
+        if activation is None:
+            return w4a16.smooth_rows(x, smoothing)
+        num_rows, num_inner = x.shape
+        codes = torch.empty(_code_bytes(num_rows, num_inner), dtype=torch.int8)
+        scale = torch.empty(num_rows, 1)
+        inverse = None if smoothing is None else smoothing.inverse
+        rows = None if smoothing is None else smoothing.rows
+        _functions().masq_quantize(
+            *(x.data_ptr(), _DTYPES[x.dtype], _pointer(inverse), _pointer(rows), num_rows, num_inner),
+            *(activation.qmax, codes.data_ptr(), scale.data_ptr(), self.isa, torch.get_num_threads()),
+        )
+        return QuantizedActivation(codes, scale, num_rows)
+
+    def gemm(
+        self,
+        activation: QuantizedActivation,
+        prepared: PreparedWeight,
+        *,
+        bias: torch.Tensor | None,
+        addend: RowAddend | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """See ``Kernel.gemm``."""
+        num_rows = activation.num_rows
+        y_no = torch.empty(num_rows, prepared.out_features, dtype=dtype)
+        places = values = None
+        if addend is not None:
+            values = addend.values.contiguous()
+            places = torch.full((num_rows,), -1, dtype=torch.int32)
+            places[addend.rows] = torch.arange(len(addend.rows), dtype=torch.int32)
+        rest = [
+            *(_pointer(bias), _pointer(places), _pointer(values), 0 if values is None else _DTYPES[values.dtype]),
+            *(y_no.data_ptr(), _DTYPES[dtype], num_rows, prepared.out_features, prepared.in_features),
+        ]
+        where = (self.isa, torch.get_num_threads())
+        if activation.scale is None:
+            given = w4a16.arguments(activation, prepared, _DTYPES)
+            _functions().masq_gemm_w4a16(*given, *rest, int(prepared.format.symmetric), *where)
+            return y_no
+        tensors = prepared.tensors
+        _functions().masq_gemm(
+            *(activation.data.data_ptr(), activation.scale.data_ptr(), tensors["codes"].data_ptr()),
+            *(tensors["scale"].data_ptr(), tensors["offset"].data_ptr(), *rest),
+            *(int(prepared.format.bits <= NIBBLE_BITS), *where),
+        )
+        return y_no
+
+
+@cache
+def best_isa() -> int:
+    """The best of ``ISAS`` that processor and system offer, as a number.
+
+    Raises:
+        BuildError: there is no library.
+    """
+    return int(_functions().masq_best_isa())
+
+
+@cache
+def _functions() -> Any:
+    found = library()
+    found.masq_best_isa.restype = _INT
+    found.masq_quantize.argtypes = [
+        *(_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER, _INT, _INT)
+    ]
+    rest = [_POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT]
+    found.masq_gemm.argtypes = [*[_POINTER] * 5, *rest]
+    found.masq_gemm_w4a16.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG, *rest]
+    for name in ("masq_quantize", "masq_gemm", "masq_gemm_w4a16"):
+        getattr(found, name).restype = None
+    return found
+
+
+def _check_rows(x: torch.Tensor, smoothing: RowSmoothing | None) -> None:
+    inverse = None if smoothing is None else smoothing.inverse
+    wrong = x.dim() != 2 or not x.is_contiguous() or x.dtype not in _DTYPES
+    if inverse is not None and (inverse.dtype != torch.float32 or inverse.shape[1:] != x.shape[1:]):
+        wrong = True
+    if wrong or (inverse is not None and not inverse.is_contiguous()):
+        raise NumericalError(
+            "rows must be a contiguous matrix in float32, bfloat16 or float16, with smoothing vectors of their length",
+            value=f"{x.dtype} {tuple(x.shape)}, smoothing {None if inverse is None else tuple(inverse.shape)}",
+            remedy="call contiguous(), and pass float32 factors",
+        )
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _code_bytes(num_rows: int, num_inner: int) -> int:
+    return -(-num_rows // TILE) * -(-num_inner // BLOCK) * TILE * BLOCK
+
+
+def _to_panels(codes: torch.Tensor) -> torch.Tensor:
+    """int8 [O, I] to [panels, blocks, 2, 16, 16, 4], see ``csrc/linear.cpp``."""
+    padded = functional.pad(codes, (0, -codes.shape[1] % BLOCK, 0, -codes.shape[0] % PANEL))
+    parts = padded.view(padded.shape[0] // PANEL, 2, TILE, padded.shape[1] // BLOCK, TILE, 4)
+    return parts.permute(0, 3, 1, 4, 2, 5).contiguous()
+
+
+def _from_panels(panels: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``_to_panels``, padding included."""
+    num_panels, num_blocks = panels.shape[:2]
+    return panels.permute(0, 2, 4, 1, 3, 5).reshape(num_panels * PANEL, num_blocks * BLOCK)
+
+
+def pack_tiles(panels: torch.Tensor) -> torch.Tensor:
+    """Two tiles [.., 2, 16, 16, 4] of 4-bit codes in one, uint8: the first in the low halves."""
+    halves = panels.view(torch.uint8)
+    return (halves[:, :, 0] & 0xF) | (halves[:, :, 1] << 4)
+
+
+def unpack_tiles(tiles: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``pack_tiles``: signed codes, int8."""
+    halves = torch.stack((tiles & 0xF, tiles >> 4), dim=2)
+    return (halves ^ 8).view(torch.int8) - 8
+
+
+def _offsets(codes: torch.Tensor, factor: int) -> torch.Tensor:
+    """``factor`` times the sum of each output's codes, int32, padded to whole panels.
+
+    Sums that do not fit wrap around, as those do that they are taken from.
+    """
+    sums = factor * codes.sum(1, dtype=torch.int64)
+    wrapped = (sums + 2**31) % 2**32 - 2**31
+    return functional.pad(wrapped.to(torch.int32), (0, -len(codes) % PANEL))

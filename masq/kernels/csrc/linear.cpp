@@ -1,0 +1,427 @@
+// Integer linears on x86: smooth and quantize rows, multiply codes exactly, scale and add. Loaded by masq/kernels/cpu.py.
+//
+// Shapes: M rows, K input channels, N output channels; KB = ceil(K / 64) blocks of input channels, panels of 32 outputs.
+//
+// Activations   [ceil(M / 16)][KB][16 rows][64] int8: AMX tiles; a row of a block is 64 consecutive bytes.
+// 8-bit weights [panel][KB][2][16][16][4] int8: two tiles of 16 outputs; line r holds inputs 4r to 4r + 3 of each output.
+// 4-bit weights [panel][KB][16][16][4] uint8: the same two tiles, the first in the low halves, the second in the high ones.
+//               Codes are multiplied as 16 w, which the high half of a byte is without a shift; results are divided by 16,
+//               which is exact.
+//
+// Every path computes the same integers. What follows is float32, in a fixed order and without fused multiply-add.
+
+#include "common.h"
+
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+struct Product {
+  const int8_t* a;
+  const float* a_scale;
+  const uint8_t* w;
+  const float* w_scale;
+  const int32_t* offset;  // 128 times the sum of a column's codes, as they are multiplied.
+  const float* bias;      // or null
+  const int32_t* addend_of;  // by row, -1 for none; or null
+  const void* addend;
+  int addend_dtype;
+  void* out;
+  int out_dtype;
+  int64_t m, n, k;
+  int four_bits;
+  int isa;
+
+  int64_t blocks() const { return (k + kBlock - 1) / kBlock; }
+  int64_t panel_bytes() const { return blocks() * kTileBytes * (four_bits ? 1 : 2); }
+};
+
+// ---- smoothing and quantization of one row ----
+
+struct Rows {
+  const void* x;
+  int dtype;
+  const float* inverse;   // [U, K] or null
+  const int64_t* which;   // [M], row of inverse, or null for the first
+  int64_t m, k;
+  int qmax;
+  int8_t* codes;
+  float* scale;
+
+  const float* factors(int64_t row) const { return inverse ? inverse + (which ? which[row] : 0) * k : nullptr; }
+  int8_t* block(int64_t row, int64_t b) const {
+    int64_t blocks = (k + kBlock - 1) / kBlock;
+    return codes + ((row / kTileRows) * blocks + b) * kTileBytes + (row % kTileRows) * kBlock;
+  }
+};
+
+// The scale of a row whose largest magnitude has these bits. Integers order like the floats, NaN above infinity.
+inline float scale_of(uint32_t largest, int qmax) {
+  float scale = bits_to_float(largest) / (float)qmax;
+  return scale < 1.17549435e-38f ? 1.0f : scale;
+}
+
+inline bool is_finite(float value) { return (float_to_bits(value) & 0x7f800000u) != 0x7f800000u; }
+
+void quantize_row_scalar(const Rows& rows, int64_t row, float* smoothed) {
+  const float* factors = rows.factors(row);
+  uint32_t largest = 0;
+  for (int64_t j = 0; j < rows.k; ++j) {
+    float value = load(rows.x, row * rows.k + j, rows.dtype);
+    if (factors) value *= factors[j];
+    smoothed[j] = value;
+    uint32_t magnitude = float_to_bits(value) & 0x7fffffffu;
+    if (magnitude > largest) largest = magnitude;
+  }
+  float scale = scale_of(largest, rows.qmax);
+  rows.scale[row] = scale;
+  bool fine = is_finite(scale);
+  for (int64_t j = 0; j < rows.k; j += kBlock) {
+    int8_t* to = rows.block(row, j / kBlock);
+    for (int64_t i = 0; i < kBlock; ++i) {
+      // The compiler's rintf rounds half to even.
+      to[i] = fine && j + i < rows.k ? (int8_t)__builtin_rintf(smoothed[j + i] / scale) : 0;
+    }
+  }
+}
+
+AVX512_TARGET void quantize_row_avx512(const Rows& rows, int64_t row, float* smoothed) {
+  const float* factors = rows.factors(row);
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512i largest = _mm512_setzero_si512();
+  for (int64_t j = 0; j < rows.k; j += 16) {
+    __mmask16 mask = rows.k - j >= 16 ? 0xffff : (__mmask16)((1u << (rows.k - j)) - 1);
+    __m512 value = load16(rows.x, row * rows.k + j, rows.dtype, mask);
+    if (factors) value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, factors + j));
+    _mm512_storeu_ps(smoothed + j, value);
+    largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_castps_si512(value), magnitude));
+  }
+  float scale = scale_of((uint32_t)_mm512_reduce_max_epi32(largest), rows.qmax);
+  rows.scale[row] = scale;
+  const __m512 divisor = _mm512_set1_ps(scale);
+  const __mmask16 fine = is_finite(scale) ? 0xffff : 0;
+  int64_t padded = (rows.k + 15) / 16 * 16;
+  for (int64_t j = 0; j < (rows.k + kBlock - 1) / kBlock * kBlock; j += 16) {
+    __m512i code = _mm512_setzero_si512();
+    if (j < padded) code = _mm512_maskz_cvtps_epi32(fine, _mm512_div_ps(_mm512_loadu_ps(smoothed + j), divisor));
+    _mm_storeu_si128((__m128i*)(rows.block(row, j / kBlock) + j % kBlock), _mm512_cvtepi32_epi8(code));
+  }
+}
+
+void quantize_rows(const Rows& rows, int isa, int threads) {
+  const int64_t blocks = (rows.k + kBlock - 1) / kBlock;
+  if (rows.m > kFewRows && rows.m % kTileRows) {  // Tiles read whole lines; few rows never go through tiles.
+    int64_t tile = rows.m / kTileRows, used = rows.m % kTileRows;
+    for (int64_t b = 0; b < blocks; ++b)
+      memset(rows.codes + (tile * blocks + b) * kTileBytes + used * kBlock, 0, (kTileRows - used) * kBlock);
+  }
+  if (rows.m * rows.k < kParallelWork) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    float* smoothed = new float[blocks * kBlock];
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows.m; ++row) {
+      if (isa >= kVnni) quantize_row_avx512(rows, row, smoothed);
+      else quantize_row_scalar(rows, row, smoothed);
+    }
+    delete[] smoothed;
+  }
+}
+
+// ---- products of one panel of 32 outputs: int32 sums [rows][32] ----
+
+inline int weight_at(const uint8_t* panel, int four_bits, int64_t b, int64_t input, int64_t output) {
+  int64_t tile = output / 16, at = (input / 4) * 64 + (output % 16) * 4 + input % 4;
+  if (!four_bits) return (int8_t)panel[(b * 2 + tile) * kTileBytes + at];
+  uint8_t byte = panel[b * kTileBytes + at];
+  return (int8_t)(tile ? byte & 0xf0 : byte << 4);
+}
+
+void panel_scalar(const Product& p, const uint8_t* panel, int64_t first, int64_t rows, int32_t* sums) {
+  for (int64_t i = 0; i < rows * kPanel; ++i) sums[i] = 0;
+  for (int64_t b = 0; b < p.blocks(); ++b)
+    for (int64_t input = 0; input < kBlock; ++input)
+      for (int64_t output = 0; output < kPanel; ++output) {
+        int w = weight_at(panel, p.four_bits, b, input, output);
+        for (int64_t row = 0; row < rows; ++row) {
+          int64_t m = first + row;
+          const int8_t* a = p.a + ((m / kTileRows) * p.blocks() + b) * kTileBytes + (m % kTileRows) * kBlock;
+          sums[row * kPanel + output] += a[input] * w;
+        }
+      }
+}
+
+// Codes widened to 16 bits: pairs of products cannot saturate, as they would with unsigned 8-bit operands.
+AVX2_TARGET void panel_avx2(const Product& p, const uint8_t* panel, int64_t first, int64_t rows, int32_t* sums) {
+  const __m256i high = _mm256_set1_epi8((char)0xf0);
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t m = first + row;
+    const int8_t* a = p.a + (m / kTileRows) * p.blocks() * kTileBytes + (m % kTileRows) * kBlock;
+    __m256i sum[8];  // Two partial sums for each of 32 outputs, four outputs a register.
+    for (auto& one : sum) one = _mm256_setzero_si256();
+    for (int64_t b = 0; b < p.blocks(); ++b)
+      for (int64_t r = 0; r < 16; ++r) {
+        int32_t four;
+        memcpy(&four, a + b * kTileBytes + 4 * r, 4);
+        const __m256i x = _mm256_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(four)));
+        for (int half = 0; half < 2; ++half) {  // Outputs 0-7 and 8-15 of both tiles.
+          __m256i tiles[2];
+          if (p.four_bits) {
+            __m256i packed = _mm256_loadu_si256((const __m256i*)(panel + b * kTileBytes + r * 64 + half * 32));
+            tiles[0] = _mm256_and_si256(_mm256_slli_epi16(packed, 4), high);
+            tiles[1] = _mm256_and_si256(packed, high);
+          } else {
+            for (int t = 0; t < 2; ++t)
+              tiles[t] = _mm256_loadu_si256((const __m256i*)(panel + (b * 2 + t) * kTileBytes + r * 64 + half * 32));
+          }
+          for (int t = 0; t < 2; ++t)
+            for (int q = 0; q < 2; ++q) {
+              __m128i bytes = q ? _mm256_extracti128_si256(tiles[t], 1) : _mm256_castsi256_si128(tiles[t]);
+              __m256i& to = sum[t * 4 + half * 2 + q];
+              to = _mm256_add_epi32(to, _mm256_madd_epi16(_mm256_cvtepi8_epi16(bytes), x));
+            }
+        }
+      }
+    for (int i = 0; i < 8; ++i) {
+      int32_t parts[8];
+      _mm256_storeu_si256((__m256i*)parts, sum[i]);
+      for (int j = 0; j < 4; ++j) sums[row * kPanel + i * 4 + j] = parts[2 * j] + parts[2 * j + 1];
+    }
+  }
+}
+
+// R rows at once; unsigned activations (a + 128), whose excess the offset of the column takes away again.
+template <int R, int FOUR>
+AVX512_TARGET void rows_vnni(const Product& p, const uint8_t* panel, int64_t first, int32_t* sums) {
+  constexpr int kChains = R == 1 ? 4 : (R == 2 ? 2 : 1);  // Enough sums in flight to hide the latency of one.
+  const __m512i high = _mm512_set1_epi8((char)0xf0);
+  const int8_t* a[R];
+  for (int i = 0; i < R; ++i) {
+    int64_t m = first + i;
+    a[i] = p.a + (m / kTileRows) * p.blocks() * kTileBytes + (m % kTileRows) * kBlock;
+  }
+  __m512i sum[R][2][kChains];
+  for (int i = 0; i < R; ++i)
+    for (int t = 0; t < 2; ++t)
+      for (int c = 0; c < kChains; ++c) sum[i][t][c] = _mm512_setzero_si512();
+  for (int64_t b = 0; b < p.blocks(); ++b) {
+    const uint8_t* w = panel + b * kTileBytes * (FOUR ? 1 : 2);
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) {
+      __m512i low, top;
+      if (FOUR) {
+        __m512i packed = _mm512_loadu_si512(w + r * 64);
+        low = _mm512_and_si512(_mm512_slli_epi16(packed, 4), high);
+        top = _mm512_and_si512(packed, high);
+      } else {
+        low = _mm512_loadu_si512(w + r * 64);
+        top = _mm512_loadu_si512(w + kTileBytes + r * 64);
+      }
+      for (int i = 0; i < R; ++i) {
+        uint32_t four;
+        memcpy(&four, a[i] + b * kTileBytes + 4 * r, 4);
+        const __m512i x = _mm512_set1_epi32((int)(four ^ 0x80808080u));
+        sum[i][0][r % kChains] = _mm512_dpbusd_epi32(sum[i][0][r % kChains], x, low);
+        sum[i][1][r % kChains] = _mm512_dpbusd_epi32(sum[i][1][r % kChains], x, top);
+      }
+    }
+  }
+  const int32_t* offset = p.offset + (panel - p.w) / p.panel_bytes() * kPanel;
+  for (int i = 0; i < R; ++i)
+    for (int t = 0; t < 2; ++t) {
+      __m512i total = sum[i][t][0];
+      for (int c = 1; c < kChains; ++c) total = _mm512_add_epi32(total, sum[i][t][c]);
+      // Sums wrap around; so does this, and what remains is small enough to be right.
+      total = _mm512_sub_epi32(total, _mm512_loadu_si512(offset + 16 * t));
+      _mm512_storeu_si512(sums + i * kPanel + 16 * t, total);
+    }
+}
+
+template <int FOUR>
+void panel_vnni(const Product& p, const uint8_t* panel, int64_t first, int64_t rows, int32_t* sums) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) rows_vnni<4, FOUR>(p, panel, first + row, sums + row * kPanel);
+  switch (rows - row) {
+    case 3: rows_vnni<3, FOUR>(p, panel, first + row, sums + row * kPanel); break;
+    case 2: rows_vnni<2, FOUR>(p, panel, first + row, sums + row * kPanel); break;
+    case 1: rows_vnni<1, FOUR>(p, panel, first + row, sums + row * kPanel); break;
+    default: break;
+  }
+}
+
+AMX_TARGET inline void unpack(const uint8_t* packed, uint8_t* tiles) {
+  const __m512i high = _mm512_set1_epi8((char)0xf0);
+  for (int r = 0; r < 16; ++r) {
+    __m512i line = _mm512_loadu_si512(packed + r * 64);
+    _mm512_store_si512(tiles + r * 64, _mm512_and_si512(_mm512_slli_epi16(line, 4), high));
+    _mm512_store_si512(tiles + kTileBytes + r * 64, _mm512_and_si512(line, high));
+  }
+}
+
+// Sums of 16 rows (or 32, in PAIRS) over some blocks, added to what is there unless these are the first blocks.
+template <int PAIRS>
+AMX_TARGET inline void tiles_amx(const int8_t* a, int64_t a_step, const uint8_t* w, int64_t blocks, bool first, int32_t* sums) {
+  constexpr int kStride = kPanel * 4;
+  int32_t* below = sums + kTileRows * kPanel;
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (PAIRS) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  } else {
+    _tile_loadd(0, sums, kStride);
+    _tile_loadd(1, sums + 16, kStride);
+    if (PAIRS) {
+      _tile_loadd(2, below, kStride);
+      _tile_loadd(3, below + 16, kStride);
+    }
+  }
+  for (int64_t b = 0; b < blocks; ++b) {
+    _tile_loadd(4, a + b * kTileBytes, kBlock);
+    _tile_loadd(6, w + 2 * b * kTileBytes, kBlock);
+    _tile_loadd(7, w + (2 * b + 1) * kTileBytes, kBlock);
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    if (PAIRS) {
+      _tile_loadd(5, a + a_step + b * kTileBytes, kBlock);
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums, kStride);
+  _tile_stored(1, sums + 16, kStride);
+  if (PAIRS) {
+    _tile_stored(2, below, kStride);
+    _tile_stored(3, below + 16, kStride);
+  }
+}
+
+AMX_TARGET void panel_amx(const Product& p, const uint8_t* panel, int64_t first, int64_t rows, int32_t* sums, uint8_t* unpacked) {
+  const int64_t blocks = p.blocks(), step = blocks * kTileBytes;
+  const int8_t* a = p.a + first / kTileRows * step;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t begin = 0; begin < blocks; begin += kChunkBlocks) {
+    int64_t count = blocks - begin < kChunkBlocks ? blocks - begin : kChunkBlocks;
+    const uint8_t* w = panel + 2 * begin * kTileBytes;
+    if (p.four_bits) {
+      for (int64_t b = 0; b < count; ++b) unpack(panel + (begin + b) * kTileBytes, unpacked + 2 * b * kTileBytes);
+      w = unpacked;
+    }
+    int64_t tile = 0;
+    for (; tile + 2 <= tiles; tile += 2)
+      tiles_amx<1>(a + tile * step + begin * kTileBytes, step, w, count, begin == 0, sums + tile * kTileRows * kPanel);
+    if (tile < tiles)
+      tiles_amx<0>(a + tile * step + begin * kTileBytes, step, w, count, begin == 0, sums + tile * kTileRows * kPanel);
+  }
+}
+
+// ---- scaling, adding, rounding ----
+
+void finish_scalar(const Product& p, int64_t column, int64_t first, int64_t rows, const int32_t* sums) {
+  int64_t width = p.n - column < kPanel ? p.n - column : kPanel;
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t m = first + row;
+    for (int64_t j = 0; j < width; ++j) {
+      int32_t sum = p.four_bits ? sums[row * kPanel + j] / 16 : sums[row * kPanel + j];
+      float value = (float)sum * p.a_scale[m];
+      value *= p.w_scale[column + j];
+      if (p.addend_of && p.addend_of[m] >= 0)
+        value += load(p.addend, (int64_t)p.addend_of[m] * p.n + column + j, p.addend_dtype);
+      if (p.bias) value += p.bias[column + j];
+      store(p.out, m * p.n + column + j, p.out_dtype, value);
+    }
+  }
+}
+
+AVX512_TARGET void finish_avx512(const Product& p, int64_t column, int64_t first, int64_t rows, const int32_t* sums) {
+  for (int64_t j = 0; j < kPanel && column + j < p.n; j += 16) {
+    int64_t width = p.n - column - j;
+    __mmask16 mask = width >= 16 ? 0xffff : (__mmask16)((1u << width) - 1);
+    __m512 scale = _mm512_maskz_loadu_ps(mask, p.w_scale + column + j);
+    __m512 bias = p.bias ? _mm512_maskz_loadu_ps(mask, p.bias + column + j) : _mm512_setzero_ps();
+    for (int64_t row = 0; row < rows; ++row) {
+      int64_t m = first + row;
+      __m512i sum = _mm512_loadu_si512(sums + row * kPanel + j);
+      if (p.four_bits) sum = _mm512_srai_epi32(sum, 4);
+      __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(p.a_scale[m]));
+      value = _mm512_mul_ps(value, scale);
+      if (p.addend_of && p.addend_of[m] >= 0)
+        value = _mm512_add_ps(value, load16(p.addend, (int64_t)p.addend_of[m] * p.n + column + j, p.addend_dtype, mask));
+      if (p.bias) value = _mm512_add_ps(value, bias);
+      store16(p.out, m * p.n + column + j, p.out_dtype, mask, value);
+    }
+  }
+}
+
+void multiply(const Product& p, int threads) {
+  const int64_t panels = (p.n + kPanel - 1) / kPanel;
+  const bool tiles = p.isa == kAmx && p.m > kFewRows;
+  int64_t together = kRowBytes / (p.blocks() * kBlock) / 32 * 32;  // Rows whose codes stay in the second cache.
+  together = together < 64 ? 64 : (together > kMaxRows ? kMaxRows : together);
+  if (p.m * p.k * p.n < kParallelWork * 16) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    alignas(64) uint8_t unpacked[kChunkBlocks * 2 * kTileBytes];
+    alignas(64) int32_t sums[kMaxRows * kPanel];
+    if (tiles) open_tiles();
+    for (int64_t first = 0; first < p.m; first += together) {
+      int64_t rows = p.m - first < together ? p.m - first : together;
+#pragma omp for schedule(static) nowait
+      for (int64_t index = 0; index < panels; ++index) {
+        const uint8_t* panel = p.w + index * p.panel_bytes();
+        if (tiles) panel_amx(p, panel, first, rows, sums, unpacked);
+        else if (p.isa >= kVnni && p.four_bits) panel_vnni<1>(p, panel, first, rows, sums);
+        else if (p.isa >= kVnni) panel_vnni<0>(p, panel, first, rows, sums);
+        else if (p.isa == kAvx2) panel_avx2(p, panel, first, rows, sums);
+        else panel_scalar(p, panel, first, rows, sums);
+        if (p.isa >= kVnni) finish_avx512(p, index * kPanel, first, rows, sums);
+        else finish_scalar(p, index * kPanel, first, rows, sums);
+      }
+    }
+    if (tiles) close_tiles();
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// The best instruction set that this processor and this system offer: scalar 0, AVX2 1, AVX512-VNNI 2, AMX 3.
+int masq_best_isa() {
+  __builtin_cpu_init();
+  bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (!__builtin_cpu_supports("avx2")) return kScalar;
+  if (!avx512 || !__builtin_cpu_supports("avx512vnni")) return kAvx2;
+#ifdef __linux__
+  unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
+  __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+  // AMX tiles and int8; the system must grant the tile state (ARCH_REQ_XCOMP_PERM, XTILEDATA).
+  if ((edx >> 24 & 1) && (edx >> 25 & 1) && syscall(SYS_arch_prctl, 0x1023, 18) == 0) return kAmx;
+#endif
+  return kVnni;
+}
+
+// Bytes of the codes of m rows.
+int64_t masq_code_bytes(int64_t m, int64_t k) {
+  return (m + kTileRows - 1) / kTileRows * ((k + kBlock - 1) / kBlock) * kTileBytes;
+}
+
+void masq_quantize(const void* x, int dtype, const float* inverse, const int64_t* which, int64_t m, int64_t k, int qmax,
+                   int8_t* codes, float* scale, int isa, int threads) {
+  quantize_rows(Rows{x, dtype, inverse, which, m, k, qmax, codes, scale}, isa, threads);
+}
+
+void masq_gemm(const int8_t* codes, const float* a_scale, const uint8_t* w, const float* w_scale, const int32_t* offset,
+               const float* bias, const int32_t* addend_of, const void* addend, int addend_dtype, void* out,
+               int out_dtype, int64_t m, int64_t n, int64_t k, int four_bits, int isa, int threads) {
+  multiply(Product{codes, a_scale, w, w_scale, offset, bias, addend_of, addend, addend_dtype, out, out_dtype, m, n, k,
+                   four_bits, isa},
+           threads);
+}
+}
