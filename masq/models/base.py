@@ -18,7 +18,7 @@ import torch
 from masq.errors import ModelError
 from masq.models.sample import Modality as Modality
 from masq.models.sample import Sample as Sample
-from masq.models.tokens import real_tokens
+from masq.models.tokens import TokenModalities
 from masq.numerics.hadamard import rotate_back
 from masq.numerics.scheme import GROUP_ROLES
 
@@ -146,11 +146,10 @@ class ModelAdapter(ABC):
         self.max_pixels = max_pixels
         self.end_ids = generation.end_ids(self.tokenizer, model.generation_config)
         self.pad_id = int(self.end_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
-        self._placeholders = self.placeholders()
-        self._table = torch.zeros(0, dtype=torch.int8)
+        self._token_modalities = TokenModalities(self.placeholders())
         self.residual_signs: torch.Tensor | None = None
         # generate() fills what a caller leaves open from here; a published file would make it sample.
-        self.model.generation_config = generation.greedy_config(self.end_ids, self.pad_id, self._placeholders)
+        self.model.generation_config = generation.greedy_config(self.end_ids, self.pad_id, self.placeholders())
         self.check_blocks()
 
     @abstractmethod
@@ -225,26 +224,17 @@ class ModelAdapter(ABC):
         Raises:
             ModelError: no ``input_ids``, or a mask that does not cover the tokens.
         """
-        ids = inputs.get("input_ids")
-        if ids is None:
-            raise ModelError(
-                "the modality of tokens is looked up from input_ids",
-                value=f"arguments {sorted(name for name, value in inputs.items() if value is not None)}",
-                remedy="pass input_ids, or give the modality ids explicitly (ModalityContext.override)",
-            )
-        table = self._modality_table(ids.device)
-        modality = table[ids.clamp(min=0, max=len(table) - 1)]
-        real = real_tokens(inputs.get("attention_mask"), ids.shape[0], ids.shape[1], inputs.get("past_key_values"))
-        return modality if real is None else modality.masked_fill(~real, int(Modality.PADDING))
+        self.check_call(inputs)
+        return self._token_modalities.of(inputs)
 
-    def _modality_table(self, device: torch.device) -> torch.Tensor:
-        """Modality id by token id; ids past the last placeholder share the final entry, text."""
-        if self._table.device != device or not self._table.numel():
-            table = torch.zeros(max(self._placeholders, default=0) + 2, dtype=torch.int8)
-            for token_id, modality in self._placeholders.items():
-                table[token_id] = int(modality)
-            self._table = table.to(device)
-        return self._table
+    @staticmethod
+    def check_call(inputs: Mapping[str, Any]) -> None:
+        """Refuse a forward call that the model would silently compute wrongly; by default none.
+
+        Args:
+            inputs: keyword arguments of the model.
+        """
+        del inputs
 
     def encode(self, samples: Sequence[Sample], *, with_answer: bool) -> EncodedBatch:
         """Turn samples into one left-padded batch on the model's device.

@@ -11,7 +11,6 @@ from masq.models.decoder import DecoderAdapter
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import torch
     from torch import nn
 
 
@@ -37,12 +36,13 @@ class Qwen25VLAdapter(DecoderAdapter):
         config = self.model.config
         return {config.image_token_id: Modality.VISION, config.video_token_id: Modality.VISION}
 
-    def modality_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """See ``ModelAdapter.modality_of``.
+    @staticmethod
+    def check_call(inputs: Mapping[str, Any]) -> None:
+        """See ``ModelAdapter.check_call``.
 
         Raises:
-            ModelError: besides, a call with pictures whose positions the model would silently get wrong: without
-                ``mm_token_type_ids`` transformers numbers image tokens like text and drops their rows and columns.
+            ModelError: a call with pictures whose positions the model would get wrong: without ``mm_token_type_ids``
+                transformers numbers image tokens like text and drops their rows and columns.
         """
         has_media = inputs.get("pixel_values") is not None or inputs.get("pixel_values_videos") is not None
         if has_media and inputs.get("mm_token_type_ids") is None and inputs.get("position_ids") is None:
@@ -51,4 +51,3 @@ class Qwen25VLAdapter(DecoderAdapter):
                 value=f"arguments {sorted(name for name, value in inputs.items() if value is not None)}",
                 remedy="pass on everything that the processor returned, or use ModelAdapter.encode",
             )
-        return super().modality_of(inputs)

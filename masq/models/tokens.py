@@ -1,4 +1,4 @@
-"""Which tokens of a forward call are real, from the attention mask that the call was given. Pure functions of tensors.
+"""Which modality the tokens of a forward call have, and which of them are real, from the call's own arguments alone.
 
 Shapes: B batch, T tokens of the call, S tokens that can be attended (past and present, or a static cache's capacity).
 """
@@ -11,6 +11,53 @@ from typing import Any
 import torch
 
 from masq.errors import ModelError
+from masq.models.sample import Modality
+
+
+class TokenModalities:
+    """Modality of every token of a call, looked up by its id.
+
+    Args:
+        placeholders: modality by token id, for the ids that stand for a piece of image, video or audio.
+    """
+
+    def __init__(self, placeholders: Mapping[int, Modality]) -> None:
+        self._placeholders = dict(placeholders)
+        self._table = torch.zeros(0, dtype=torch.int8)
+
+    def of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Modality of every token of a forward call.
+
+        Args:
+            inputs: keyword arguments of the model; ``input_ids`` int64 [B, T] is needed. For the forms that
+                ``attention_mask`` may take, see ``real_tokens``.
+
+        Returns:
+            int8 [B, T].
+
+        Raises:
+            ModelError: no ``input_ids``, or a mask that does not cover the tokens.
+        """
+        ids = inputs.get("input_ids")
+        if ids is None:
+            raise ModelError(
+                "the modality of tokens is looked up from input_ids",
+                value=f"arguments {sorted(name for name, value in inputs.items() if value is not None)}",
+                remedy="pass input_ids, or give the modality ids explicitly (ModalityContext.override)",
+            )
+        table = self._on(ids.device)
+        modality = table[ids.clamp(min=0, max=len(table) - 1)]
+        real = real_tokens(inputs.get("attention_mask"), ids.shape[0], ids.shape[1], inputs.get("past_key_values"))
+        return modality if real is None else modality.masked_fill(~real, int(Modality.PADDING))
+
+    def _on(self, device: torch.device) -> torch.Tensor:
+        """Modality id by token id; ids past the last placeholder share the final entry, text."""
+        if self._table.device != device or not self._table.numel():
+            table = torch.zeros(max(self._placeholders, default=0) + 2, dtype=torch.int8)
+            for token_id, modality in self._placeholders.items():
+                table[token_id] = int(modality)
+            self._table = table.to(device)
+        return self._table
 
 
 def real_tokens(mask: Any, batch: int, num_tokens: int, cache: Any) -> torch.Tensor | None:
