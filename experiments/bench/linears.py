@@ -88,7 +88,7 @@ def kernel_calls(case: Case, kernel: Kernel, scheme: str) -> Calls:
     spec = LinearSpec(packed.in_features, packed.out_features, fmt, "cpu")
     if kernel.not_supported_reasons(spec):
         return {}
-    held = [kernel.prepare(_clone(packed)) for _ in range(case.copies)]
+    held = [kernel.prepare(_clone(packed), fmt.activation) for _ in range(case.copies)]
     following = case.turns(held)
 
     def multiply(activation: Any, weight: PreparedWeight) -> torch.Tensor:
@@ -149,7 +149,7 @@ def check(case: Case, calls: Calls, scheme: str) -> None:
     """
     reference, fmt = ReferenceKernel(), _format(scheme)
     activation = reference.quantize(case.x, fmt.activation, case.smoothing)
-    held = reference.prepare(case.packed[scheme])
+    held = reference.prepare(case.packed[scheme], fmt.activation)
     wanted = reference.gemm(activation, held, bias=None, addend=None, dtype=torch.bfloat16)
     for name, call in calls.items():
         found = call()

@@ -112,7 +112,7 @@ class CpuKernel(Kernel):
         """See ``Kernel.quantize``."""
         _check_rows(x, smoothing)
         if activation is None:
-            return w4a16.smooth_rows(x, smoothing)
+            return QuantizedActivation(self._smooth(x, smoothing), None, len(x))
         num_rows, num_inner = x.shape
         codes = torch.empty(_code_bytes(num_rows, num_inner), dtype=torch.int8)
         scale = torch.empty(num_rows, 1)
@@ -123,6 +123,17 @@ class CpuKernel(Kernel):
             *(activation.qmax, codes.data_ptr(), scale.data_ptr(), self.isa, torch.get_num_threads()),
         )
         return QuantizedActivation(codes, scale, num_rows)
+
+    def _smooth(self, x: torch.Tensor, smoothing: RowSmoothing | None) -> torch.Tensor:
+        """Rows [N, I] times their factors, rounded to their own dtype."""
+        if smoothing is None:
+            return x
+        rows = torch.empty_like(x)
+        _functions().masq_smooth(
+            *(x.data_ptr(), _DTYPES[x.dtype], smoothing.inverse.data_ptr(), _pointer(smoothing.rows), *x.shape),
+            *(rows.data_ptr(), torch.get_num_threads()),
+        )
+        return rows
 
     def gemm(
         self,
@@ -179,7 +190,8 @@ def _functions() -> Any:
     rest = [_POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT]
     found.masq_gemm.argtypes = [*[_POINTER] * 5, *rest]
     found.masq_gemm_w4a16.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG, *rest]
-    for name in ("masq_quantize", "masq_gemm", "masq_gemm_w4a16"):
+    found.masq_smooth.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT]
+    for name in ("masq_quantize", "masq_smooth", "masq_gemm", "masq_gemm_w4a16"):
         getattr(found, name).restype = None
     return found
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from masq.kernels.base import LinearSpec, PreparedWeight, QuantizedActivation, RowSmoothing
+from masq.kernels.base import LinearSpec, PreparedWeight, QuantizedActivation
 from masq.kernels.build import BuildError
-from masq.kernels.reference import smooth
 from masq.numerics.packing import NIBBLE_BITS, PackedWeight, pack_nibbles, unpack_nibbles
 
 if TYPE_CHECKING:
@@ -68,12 +67,6 @@ def restore(prepared: PreparedWeight) -> PackedWeight:
         prepared.format,
         prepared.in_features,
     )
-
-
-def smooth_rows(x: torch.Tensor, smoothing: RowSmoothing | None) -> QuantizedActivation:
-    """Rows [N, I] times their factors, in their own dtype."""
-    rows = x if smoothing is None else smooth(x, smoothing).to(x.dtype)
-    return QuantizedActivation(rows, None, len(rows))
 
 
 def arguments(activation: QuantizedActivation, prepared: PreparedWeight, dtypes: dict[torch.dtype, int]) -> list[Any]:

@@ -14,8 +14,9 @@ enum Dtype { kFloat = 0, kBfloat = 1, kHalf = 2 };
 constexpr int64_t kTileRows = 16, kBlock = 64, kPanel = 32, kTileBytes = kTileRows * kBlock;
 constexpr int64_t kChunkBlocks = 16;    // Blocks of a panel that are unpacked at a time: 32 KiB, which the first cache holds.
 constexpr int64_t kMaxRows = 256;       // Rows whose sums are kept at a time.
-constexpr int64_t kRowBytes = 1 << 20;  // Codes of rows that are kept at a time: half of the second cache.
+constexpr int64_t kRowBytes = 3 << 19;  // Codes of rows that are kept at a time: three quarters of a second cache of 2 MiB.
 constexpr int64_t kFewRows = 4;         // Up to here a product is bound by reading the weight: no tiles, no unpacked copy.
+constexpr int64_t kAhead = 4096;        // Bytes by which reading a weight once runs ahead: into the next page.
 constexpr int64_t kParallelWork = 1 << 15;
 
 #define AVX2_TARGET __attribute__((target("avx2,f16c")))

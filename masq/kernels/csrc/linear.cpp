@@ -88,26 +88,67 @@ void quantize_row_scalar(const Rows& rows, int64_t row, float* smoothed) {
   }
 }
 
-AVX512_TARGET void quantize_row_avx512(const Rows& rows, int64_t row, float* smoothed) {
+// Smoothed values of a row in float32, padded with zeros to whole blocks; returns the bits of the largest magnitude.
+template <int DTYPE, int SMOOTH>
+AVX512_TARGET uint32_t smooth_row_avx512(const Rows& rows, int64_t row, float* smoothed) {
   const float* factors = rows.factors(row);
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   __m512i largest = _mm512_setzero_si512();
-  for (int64_t j = 0; j < rows.k; j += 16) {
-    __mmask16 mask = rows.k - j >= 16 ? 0xffff : (__mmask16)((1u << (rows.k - j)) - 1);
-    __m512 value = load16(rows.x, row * rows.k + j, rows.dtype, mask);
-    if (factors) value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, factors + j));
+  const int64_t from = row * rows.k, whole = rows.k / 16 * 16;
+  for (int64_t j = 0; j < whole; j += 16) {
+    __m512 value = load16(rows.x, from + j, DTYPE, 0xffff);
+    if (SMOOTH) value = _mm512_mul_ps(value, _mm512_loadu_ps(factors + j));
     _mm512_storeu_ps(smoothed + j, value);
     largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_castps_si512(value), magnitude));
   }
-  float scale = scale_of((uint32_t)_mm512_reduce_max_epi32(largest), rows.qmax);
+  for (int64_t j = whole; j < (rows.k + kBlock - 1) / kBlock * kBlock; j += 16) {
+    __mmask16 mask = j < rows.k ? (__mmask16)((1u << (rows.k - j)) - 1) : 0;
+    __m512 value = load16(rows.x, from + j, DTYPE, mask);
+    if (SMOOTH) value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, factors + j));
+    _mm512_storeu_ps(smoothed + j, value);
+    largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_castps_si512(value), magnitude));
+  }
+  return (uint32_t)_mm512_reduce_max_epi32(largest);
+}
+
+AVX512_TARGET uint32_t smooth_row_avx512(const Rows& rows, int64_t row, float* smoothed) {
+  switch (rows.dtype * 2 + (rows.inverse != nullptr)) {
+    case 0: return smooth_row_avx512<kFloat, 0>(rows, row, smoothed);
+    case 1: return smooth_row_avx512<kFloat, 1>(rows, row, smoothed);
+    case 2: return smooth_row_avx512<kBfloat, 0>(rows, row, smoothed);
+    case 3: return smooth_row_avx512<kBfloat, 1>(rows, row, smoothed);
+    case 4: return smooth_row_avx512<kHalf, 0>(rows, row, smoothed);
+    default: return smooth_row_avx512<kHalf, 1>(rows, row, smoothed);
+  }
+}
+
+AVX512_TARGET void quantize_row_avx512(const Rows& rows, int64_t row, float* smoothed) {
+  const float scale = scale_of(smooth_row_avx512(rows, row, smoothed), rows.qmax);
   rows.scale[row] = scale;
-  const __m512 divisor = _mm512_set1_ps(scale);
-  const __mmask16 fine = is_finite(scale) ? 0xffff : 0;
-  int64_t padded = (rows.k + 15) / 16 * 16;
-  for (int64_t j = 0; j < (rows.k + kBlock - 1) / kBlock * kBlock; j += 16) {
-    __m512i code = _mm512_setzero_si512();
-    if (j < padded) code = _mm512_maskz_cvtps_epi32(fine, _mm512_div_ps(_mm512_loadu_ps(smoothed + j), divisor));
-    _mm_storeu_si128((__m128i*)(rows.block(row, j / kBlock) + j % kBlock), _mm512_cvtepi32_epi8(code));
+  const bool fine = is_finite(scale);
+  // Adding 1.5 * 2^23 rounds half to even and leaves the integer in the lowest bits.
+  const __m512 shift = _mm512_set1_ps(12582912.0f), close = _mm512_set1_ps(0.4999f);
+  const __m512 divisor = _mm512_set1_ps(scale), inverse = _mm512_set1_ps(1.0f / scale);
+  int8_t* to = rows.block(row, 0);
+  for (int64_t j = 0; j < rows.k; j += kBlock, to += kTileBytes) {
+    if (!fine) {
+      memset(to, 0, kBlock);
+      continue;
+    }
+    __m512 shifted[4];
+    __mmask16 unsure = 0;
+    for (int i = 0; i < 4; ++i) {
+      const __m512 quotient = _mm512_mul_ps(_mm512_loadu_ps(smoothed + j + 16 * i), inverse);
+      shifted[i] = _mm512_add_ps(quotient, shift);
+      const __m512 rest = _mm512_sub_ps(quotient, _mm512_sub_ps(shifted[i], shift));
+      unsure |= _mm512_cmp_ps_mask(_mm512_abs_ps(rest), close, _CMP_NLT_UQ);
+    }
+    // The product is within 2^-15 of the quotient: only near the middle of two codes may the two round apart.
+    if (__builtin_expect(unsure, 0))
+      for (int i = 0; i < 4; ++i)
+        shifted[i] = _mm512_add_ps(_mm512_div_ps(_mm512_loadu_ps(smoothed + j + 16 * i), divisor), shift);
+    for (int i = 0; i < 4; ++i)
+      _mm_storeu_si128((__m128i*)(to + 16 * i), _mm512_cvtepi32_epi8(_mm512_castps_si512(shifted[i])));
   }
 }
 
@@ -126,6 +167,27 @@ void quantize_rows(const Rows& rows, int isa, int threads) {
     for (int64_t row = 0; row < rows.m; ++row) {
       if (isa >= kVnni) quantize_row_avx512(rows, row, smoothed);
       else quantize_row_scalar(rows, row, smoothed);
+    }
+    delete[] smoothed;
+  }
+}
+
+AVX512_TARGET void round_row(const float* values, void* out, int64_t from, int64_t k, int dtype) {
+  for (int64_t j = 0; j < k; j += 16) {
+    __mmask16 mask = k - j >= 16 ? 0xffff : (__mmask16)((1u << (k - j)) - 1);
+    store16(out, from + j, dtype, mask, _mm512_loadu_ps(values + j));
+  }
+}
+
+void smooth_rows(const Rows& rows, void* out, int threads) {
+  if (rows.m * rows.k < kParallelWork) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    float* smoothed = new float[(rows.k + kBlock - 1) / kBlock * kBlock];
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows.m; ++row) {
+      smooth_row_avx512(rows, row, smoothed);
+      round_row(smoothed, out, row * rows.k, rows.k, rows.dtype);
     }
     delete[] smoothed;
   }
@@ -212,6 +274,7 @@ AVX512_TARGET void rows_vnni(const Product& p, const uint8_t* panel, int64_t fir
 #pragma GCC unroll 16
     for (int r = 0; r < 16; ++r) {
       __m512i low, top;
+      _mm_prefetch((const char*)(w + r * 64 + kAhead), _MM_HINT_T1);
       if (FOUR) {
         __m512i packed = _mm512_loadu_si512(w + r * 64);
         low = _mm512_and_si512(_mm512_slli_epi16(packed, 4), high);
@@ -415,6 +478,12 @@ int64_t masq_code_bytes(int64_t m, int64_t k) {
 void masq_quantize(const void* x, int dtype, const float* inverse, const int64_t* which, int64_t m, int64_t k, int qmax,
                    int8_t* codes, float* scale, int isa, int threads) {
   quantize_rows(Rows{x, dtype, inverse, which, m, k, qmax, codes, scale}, isa, threads);
+}
+
+// Smoothed rows in their own dtype; AVX512 alone.
+void masq_smooth(const void* x, int dtype, const float* inverse, const int64_t* which, int64_t m, int64_t k, void* out,
+                 int threads) {
+  smooth_rows(Rows{x, dtype, inverse, which, m, k, 1, nullptr, nullptr}, out, threads);
 }
 
 void masq_gemm(const int8_t* codes, const float* a_scale, const uint8_t* w, const float* w_scale, const int32_t* offset,

@@ -44,9 +44,12 @@ AVX512_TARGET inline __m512 code_values(int is_signed) {
   return _mm512_load_ps(values);
 }
 
-// R rows (float32, padded with zeros to whole slices) times one strip: sums [R] of 16 outputs.
+// R rows (float32, padded with zeros to whole slices; seen: their sums over each group) times one strip: sums of 16
+// outputs, rows kPanel apart.
 template <int R>
-AVX512_TARGET void strip_float(const FloatProduct& p, int64_t index, const float* x, int64_t x_step, float* sums, int64_t step) {
+AVX512_TARGET void strip_float(const FloatProduct& p, int64_t index, const float* x, const float* seen, float* sums) {
+  constexpr int kChains = R == 1 ? 4 : 2;  // Enough sums in flight to hide the latency of one.
+  const int64_t x_step = p.slices() * kSlice;
   const __m512 values = code_values(p.is_signed);
   const uint32_t* w = p.strip(index);
   const float *scales = p.scales(index), *zeros = p.zeros(index);
@@ -55,39 +58,33 @@ AVX512_TARGET void strip_float(const FloatProduct& p, int64_t index, const float
   const int64_t last = p.slices() * kSlice;
   for (int64_t g = 0; g < p.groups; ++g) {
     const int64_t begin = g * p.group, end = g + 1 == p.groups ? last : begin + p.group;
-    __m512 even[R], odd[R];
-    float seen[R];
-    for (int i = 0; i < R; ++i) {
-      even[i] = odd[i] = _mm512_setzero_ps();
-      seen[i] = 0;
-    }
+    __m512 sum[R][kChains];
+    for (int i = 0; i < R; ++i)
+      for (int c = 0; c < kChains; ++c) sum[i][c] = _mm512_setzero_ps();
     for (int64_t k = begin; k < end; k += 8) {
+      _mm_prefetch((const char*)(w + k / 8 * kStrip) + kAhead, _MM_HINT_T1);
       __m512i words = _mm512_loadu_si512(w + k / 8 * kStrip);
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
         // The low four bits of a lane choose among sixteen values.
         __m512 value = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * j), values);
-        for (int i = 0; i < R; ++i) {
-          __m512& to = j % 2 ? odd[i] : even[i];
-          to = _mm512_fmadd_ps(value, _mm512_set1_ps(x[i * x_step + k + j]), to);
-        }
+        for (int i = 0; i < R; ++i)
+          sum[i][j % kChains] = _mm512_fmadd_ps(value, _mm512_set1_ps(x[i * x_step + k + j]), sum[i][j % kChains]);
       }
     }
     const __m512 scale = _mm512_loadu_ps(scales + g * kStrip);
     for (int i = 0; i < R; ++i) {
-      __m512 sum = _mm512_add_ps(even[i], odd[i]);
-      if (zeros) {
-        for (int64_t k = begin; k < end; ++k) seen[i] += x[i * x_step + k];
-        sum = _mm512_fnmadd_ps(_mm512_loadu_ps(zeros + g * kStrip), _mm512_set1_ps(seen[i]), sum);
-      }
-      total[i] = _mm512_fmadd_ps(sum, scale, total[i]);
+      __m512 whole = sum[i][0];
+      for (int c = 1; c < kChains; ++c) whole = _mm512_add_ps(whole, sum[i][c]);
+      if (zeros) whole = _mm512_fnmadd_ps(_mm512_loadu_ps(zeros + g * kStrip), _mm512_set1_ps(seen[i * p.groups + g]), whole);
+      total[i] = _mm512_fmadd_ps(whole, scale, total[i]);
     }
   }
-  for (int i = 0; i < R; ++i) _mm512_storeu_ps(sums + i * step, total[i]);
+  for (int i = 0; i < R; ++i) _mm512_storeu_ps(sums + i * kPanel, total[i]);
 }
 
 // Weights of 16 outputs and 32 inputs as a tile of bfloat16: line r holds inputs 2r and 2r + 1 of each output.
-AMX_TARGET inline void unpack_slice(const uint32_t* words, __m512 values, __m512 scale, __m512 zero, uint8_t* tile) {
+AMX_TARGET inline void unpack_slice(const uint32_t* words, __m512 values, __m512 scale, __m512 shift, uint8_t* tile) {
   alignas(64) static const uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i order = _mm512_load_si512(kInterleave);
@@ -97,8 +94,8 @@ AMX_TARGET inline void unpack_slice(const uint32_t* words, __m512 values, __m512
     for (int pair = 0; pair < 4; ++pair) {
       __m512 low = _mm512_permutexvar_ps(_mm512_srli_epi32(eight, 8 * pair), values);
       __m512 top = _mm512_permutexvar_ps(_mm512_srli_epi32(eight, 8 * pair + 4), values);
-      low = _mm512_mul_ps(_mm512_sub_ps(low, zero), scale);
-      top = _mm512_mul_ps(_mm512_sub_ps(top, zero), scale);
+      low = _mm512_fmadd_ps(low, scale, shift);
+      top = _mm512_fmadd_ps(top, scale, shift);
       __m512i both = (__m512i)_mm512_cvtne2ps_pbh(top, low);
       _mm512_store_si512(tile + (line * 4 + pair) * kBlock, _mm512_permutexvar_epi16(order, both));
     }
@@ -153,9 +150,11 @@ AMX_TARGET void panel_bf16(const FloatProduct& p, int64_t panel, const uint8_t* 
       for (int64_t half = 0; half < 2; ++half) {
         int64_t index = 2 * panel + half, g = (begin + s) * kSlice / p.group;
         if (g >= p.groups) g = p.groups - 1;
-        __m512 zero = p.zero ? _mm512_loadu_ps(p.zeros(index) + g * kStrip) : _mm512_setzero_ps();
-        unpack_slice(p.strip(index) + (begin + s) * kLines * kStrip, values, _mm512_loadu_ps(p.scales(index) + g * kStrip),
-                     zero, unpacked + (2 * s + half) * kTileBytes);
+        const __m512 scale = _mm512_loadu_ps(p.scales(index) + g * kStrip);
+        __m512 shift = _mm512_setzero_ps();  // A zero point moves every value of its group alike.
+        if (p.zero) shift = _mm512_fnmadd_ps(_mm512_loadu_ps(p.zeros(index) + g * kStrip), scale, shift);
+        unpack_slice(p.strip(index) + (begin + s) * kLines * kStrip, values, scale, shift,
+                     unpacked + (2 * s + half) * kTileBytes);
       }
     int64_t tile = 0;
     for (; tile + 2 <= tiles; tile += 2)
@@ -185,24 +184,28 @@ void few_rows(const FloatProduct& p, int threads) {
   float* x = new float[p.m * padded];
   for (int64_t row = 0; row < p.m; ++row)
     for (int64_t k = 0; k < padded; ++k) x[row * padded + k] = k < p.k ? load(p.x, row * p.k + k, p.x_dtype) : 0;
+  float* seen = new float[p.m * p.groups]();
+  for (int64_t row = 0; row < p.m; ++row)
+    for (int64_t k = 0; k < p.k; ++k) seen[row * p.groups + k / p.group] += x[row * padded + k];
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t panel = 0; panel < panels; ++panel)
     for (int64_t first = 0; first < p.m; first += kFewFloatRows) {
       alignas(64) float sums[kFewFloatRows * kPanel];
       int64_t rows = p.m - first < kFewFloatRows ? p.m - first : kFewFloatRows;
       for (int64_t half = 0; half < 2; ++half) {
-        const float* from = x + first * padded;
+        const float *from = x + first * padded, *own = seen + first * p.groups;
         float* to = sums + half * kStrip;
         switch (rows) {
-          case 4: strip_float<4>(p, 2 * panel + half, from, padded, to, kPanel); break;
-          case 3: strip_float<3>(p, 2 * panel + half, from, padded, to, kPanel); break;
-          case 2: strip_float<2>(p, 2 * panel + half, from, padded, to, kPanel); break;
-          default: strip_float<1>(p, 2 * panel + half, from, padded, to, kPanel); break;
+          case 4: strip_float<4>(p, 2 * panel + half, from, own, to); break;
+          case 3: strip_float<3>(p, 2 * panel + half, from, own, to); break;
+          case 2: strip_float<2>(p, 2 * panel + half, from, own, to); break;
+          default: strip_float<1>(p, 2 * panel + half, from, own, to); break;
         }
       }
       finish_float(p, panel * kPanel, first, rows, sums);
     }
   delete[] x;
+  delete[] seen;
 }
 
 void many_rows(const FloatProduct& p, int threads) {

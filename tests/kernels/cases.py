@@ -1,0 +1,79 @@
+"""Hard cases that every kernel must get right, and the oracle they are compared with."""
+
+from __future__ import annotations
+
+import torch
+
+from masq.kernels.base import Kernel, RowAddend, RowSmoothing
+from masq.kernels.reference import ReferenceKernel
+from masq.numerics.affine import quantize
+from masq.numerics.packing import PackedWeight, pack
+from masq.numerics.scheme import TensorFormat
+
+SHAPES = [
+    *((1, 1, 1), (1, 65, 33), (2, 7, 15), (3, 64, 32), (4, 576, 192), (5, 63, 31), (15, 130, 17), (16, 64, 16)),
+    *((17, 65, 47), (33, 1536, 70), (127, 100, 33), (129, 576, 64), (300, 192, 40), (0, 64, 32)),
+]
+"""Rows, inputs, outputs: tails of tiles, blocks and panels, one of each, and nothing at all."""
+
+
+def per_token(bits: int) -> TensorFormat:
+    return TensorFormat(bits, granularity="per_token")
+
+
+def weight(out: int, inner: int, fmt: TensorFormat, seed: int = 0) -> PackedWeight:
+    values = torch.randn(out, inner, generator=torch.Generator().manual_seed(seed))
+    values[out // 2] = 0
+    return pack(quantize(values, fmt))
+
+
+def rows(count: int, inner: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
+    """Of very different sizes; one all zero, one with a single value."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, inner, generator=generator) * torch.logspace(-3, 3, max(count, 1))[:count, None]
+    if count > 2:
+        x[1] = 0
+        x[2] = 0
+        x[2, inner // 2] = -5
+    return x.to(dtype)
+
+
+def smoothing(count: int, inner: int, vectors: int, seed: int = 2) -> RowSmoothing:
+    generator = torch.Generator().manual_seed(seed)
+    inverse = torch.rand(vectors, inner, generator=generator) + 0.5
+    return RowSmoothing(inverse, torch.randint(0, vectors, (count,), generator=generator) if vectors > 1 else None)
+
+
+def addend(count: int, out: int, share: float, dtype: torch.dtype, seed: int = 3) -> RowAddend:
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(count, generator=generator)[: int(share * count)]
+    return RowAddend(chosen, torch.randn(len(chosen), out, generator=generator).to(dtype))
+
+
+def run(
+    kernel: Kernel,
+    x: torch.Tensor,
+    packed: PackedWeight,
+    activation: TensorFormat | None,
+    *,
+    smooth: RowSmoothing | None = None,
+    bias: torch.Tensor | None = None,
+    add: RowAddend | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """A whole layer."""
+    quantized = kernel.quantize(x, activation, smooth)
+    return kernel.gemm(quantized, kernel.prepare(packed, activation), bias=bias, addend=add, dtype=dtype)
+
+
+def oracle(*args, **kwargs) -> torch.Tensor:
+    return run(ReferenceKernel(), *args, **kwargs)
+
+
+def exact(x: torch.Tensor, packed: PackedWeight, activation: TensorFormat) -> torch.Tensor:
+    """Scaled products in int64 and float64, from the codes that masq.numerics.affine gives."""
+    from masq.numerics.packing import unpack
+
+    plain, quantized = unpack(packed), quantize(x.float(), activation)
+    sums = quantized.codes.long() @ plain.codes.long().t()
+    return sums.double() * quantized.scale.double() * plain.scale.double().t()
