@@ -159,11 +159,13 @@ def test_packed_execution_equals_the_simulation(splits: dict[str, Path], tmp_pat
     packed = run(config(splits, tmp_path, method, execution="packed"))
     assert packed.identity != simulated.identity
     assert sum(packed.provenance["kernels"].values()) == 21
-    assert packed.scores == simulated.scores
+    # Corrections of linears that share their input are computed in one product, which may sum in another order.
+    for task, metrics in simulated.scores.items():
+        for metric, score in metrics.items():
+            assert packed.scores[task][metric]["value"] == pytest.approx(score["value"], rel=1e-5)
     assert packed.effective_bits == simulated.effective_bits
-    for name, by_modality in simulated.fidelity.items():
-        if isinstance(by_modality, dict):
-            assert packed.fidelity[name] == pytest.approx(by_modality, rel=1e-3)
+    for name in ("sqnr", "nll", "kl"):
+        assert packed.fidelity[name] == pytest.approx(simulated.fidelity[name], rel=1e-3)
     rows = table([simulated, packed]).splitlines()
     assert "simulated" in rows[2]
     assert "packed (" in rows[3]
