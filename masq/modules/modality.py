@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 
@@ -23,7 +23,21 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
-    from masq.models.base import Modality, ModelAdapter
+    from masq.models.base import Modality
+
+
+class KnowsModality(Protocol):
+    """What the hook needs of a ``ModelAdapter``: its model, and the modality of the tokens of a call.
+
+    Attributes:
+        model: the top module.
+    """
+
+    model: Any
+
+    def modality_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Modality of every token of a call with these arguments, int8 [B, T]."""
+        ...
 
 
 class ModalityContext:
@@ -115,7 +129,7 @@ class ModalityContext:
         finally:
             self._override = previous
 
-    def set_from_call(self, adapter: ModelAdapter, inputs: Mapping[str, Any]) -> None:
+    def set_from_call(self, adapter: KnowsModality, inputs: Mapping[str, Any]) -> None:
         """Set the ids of a call of the top model from its arguments.
 
         Raises:
@@ -152,7 +166,7 @@ class HookHandle:
             handle.remove()
 
 
-def install(adapter: ModelAdapter) -> tuple[ModalityContext, HookHandle]:
+def install(adapter: KnowsModality) -> tuple[ModalityContext, HookHandle]:
     """Have every forward pass of ``adapter.model`` set the modality of its tokens, and clear it when it ends.
 
     Args:

@@ -1,0 +1,147 @@
+"""From a float skeleton to a packed model: empty layers for a loader to fill, then what makes it run."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from masq.errors import ModelError
+from masq.models.loading import FAMILIES
+from masq.models.rotated import RotatedInput
+from masq.models.sample import Modality
+from masq.models.tokens import TokenModalities
+from masq.modules.modality import ModalityContext, install
+from masq.modules.packed_linear import PackedLinear
+from masq.modules.stack import stack
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from masq.export.description import Description, LinearEntry
+
+_ALIGNMENT = 64
+
+
+@dataclass
+class _Called:
+    """A model and the modality of its calls' tokens: all that the modality hook needs of an adapter."""
+
+    model: Any
+    family: Any
+    tokens: TokenModalities
+
+    def modality_of(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        self.family.check_call(inputs)
+        return self.tokens.of(inputs)
+
+
+def assemble(model: Any, description: Description) -> None:
+    """Put run-time rotations and empty packed linears into a model on the meta device, and install the modality hook.
+
+    Args:
+        model: as its class builds it from the configuration, changed in place.
+        description: of its checkpoint.
+
+    Raises:
+        ModelError: an unknown family, or a linear that the model has not, or not so.
+    """
+    tokens = TokenModalities({i: Modality[side.upper()] for side, ids in description.placeholders.items() for i in ids})
+    context, _ = install(_Called(model, _family(model.config.model_type), tokens))
+    with torch.device("meta"), _default_dtype(torch.float32):
+        for name in description.rotated:
+            linear = _linear(model, name)
+            rotated = RotatedInput(linear, torch.empty(linear.in_features))
+            rotated.register_buffer("signs", rotated.signs, persistent=True)
+            model.set_submodule(name, rotated)
+        for name, entry in description.linears.items():
+            linear = _linear(model, name)
+            _check_fits(name, linear, entry)
+            model.set_submodule(name, _empty(entry, context))
+
+
+def finish(model: Any, description: Description) -> None:
+    """Make a filled model ready to run: tensors aligned, linears that read the same input stacked."""
+    _align(model)
+    groups: dict[int, list[PackedLinear]] = {}
+    for name, entry in description.linears.items():
+        groups.setdefault(entry.group, []).append(model.get_submodule(name))
+    for layers in groups.values():
+        stack(layers)
+    model.requires_grad_(False)
+
+
+def _family(model_type: str) -> Any:
+    families = [FAMILIES.get(name) for name in FAMILIES.names()]
+    found = next((family for family in families if model_type in family.model_types), None)
+    if found is None:
+        raise ModelError(
+            "a packed checkpoint is of a model family that masq knows",
+            value=model_type,
+            remedy=f"one of {', '.join(FAMILIES.names())}",
+        )
+    return found
+
+
+def _linear(model: Any, name: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        module = None
+    if type(module) is not nn.Linear:
+        raise ModelError(
+            "config.json must name linears of the model",
+            value=f"{name} is {'not there' if module is None else type(module).__name__}",
+            remedy="load it with the class that config.json names under architectures",
+        )
+    return module
+
+
+def _check_fits(name: str, linear: nn.Linear, entry: LinearEntry) -> None:
+    wanted = (entry.in_features, entry.out_features, entry.bias is not None)
+    found = (linear.in_features, linear.out_features, linear.bias is not None)
+    if wanted != found:
+        raise ModelError(
+            f"{name} must have the inputs, outputs and bias of the model",
+            value=f"{wanted}, not {found}",
+            remedy="the checkpoint is damaged: copy it again, or export the run again",
+        )
+
+
+def _empty(entry: LinearEntry, context: ModalityContext) -> PackedLinear:
+    dtype = getattr(torch, entry.factor_dtype or "float32")
+    return PackedLinear.empty(
+        entry.in_features,
+        entry.out_features,
+        entry.format,
+        context=context,
+        bias=None if entry.bias is None else getattr(torch, entry.bias),
+        num_smoothing=entry.smoothing,
+        ranks={Modality[side.upper()]: (rank, dtype) for side, rank in entry.ranks.items()},
+    )
+
+
+def _align(model: nn.Module) -> None:
+    """Copy tensors that lie at odd places of a mapped file, codes apart.
+
+    Floating-point kernels of the CPU round differently on unaligned data; integer codes are the same anywhere, and stay
+    in the file until a kernel takes them over.
+    """
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and name != "codes" and tensor.data_ptr() % _ALIGNMENT:
+                    tensor.data = tensor.data.clone()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,316 @@
+"""What a packed checkpoint says of itself: ``quantization_config`` of its ``config.json``, parsed strictly.
+
+The fields are documented in ``masq.export.checkpoint``. No torch here, and nothing is believed: every value has a type
+and a bound, unknown and missing keys are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from masq.errors import ConfigError, ModelError
+from masq.files import canonical_hash
+from masq.models.sample import Modality
+from masq.numerics.scheme import LinearFormat, TensorFormat
+
+METHOD = "masq"
+VERSION = 1
+SIDES = tuple(m.name.lower() for m in Modality if m is not Modality.PADDING)
+"""Names of the modalities of tokens, in the order of their ids."""
+STORED_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""Names in safetensors of the dtypes that biases and low-rank factors may have."""
+
+_MAX_FEATURES = 1 << 24
+_MAX_LINEARS = 1 << 16
+_MAX_TOKEN_ID = 1 << 24
+_NIBBLE_BITS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LinearEntry:
+    """One quantized linear.
+
+    Attributes:
+        in_features: I.
+        out_features: O.
+        format: of weight and input.
+        bias: its dtype, None for none.
+        smoothing: U, the number of distinct smoothing vectors at run time; 0 for none.
+        ranks: R of the low-rank correction by name of the modality.
+        factor_dtype: dtype of the corrections' factors, None without corrections.
+        group: linears with the same number read the same input.
+    """
+
+    in_features: int
+    out_features: int
+    format: LinearFormat
+    bias: str | None
+    smoothing: int
+    ranks: Mapping[str, int]
+    factor_dtype: str | None
+    group: int
+
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype (as safetensors writes it) and shape of every stored tensor, by its name below the linear's."""
+        weight, d_in, d_out = self.format.weight, self.in_features, self.out_features
+        halves = weight.bits <= _NIBBLE_BITS
+        groups = (d_out, d_in // (weight.group_size or d_in))
+        codes = "I8" if weight.symmetric and not halves else "U8"
+        found: dict[str, tuple[str, tuple[int, ...]]] = {
+            "codes": (codes, (d_out, (d_in + 1) // 2 if halves else d_in)),
+            "scale": ("F32", groups),
+        }
+        if not weight.symmetric:
+            found["zero_point"] = ("U8", groups)
+        if self.bias is not None:
+            found["bias"] = (STORED_DTYPES[self.bias], (d_out,))
+        if self.smoothing:
+            found["inverse_smoothing"] = ("F32", (self.smoothing, d_in))
+            found["smoothing_rows"] = ("I64", (len(SIDES),))
+        for side, rank in self.ranks.items():
+            dtype = STORED_DTYPES[self.factor_dtype or "float32"]
+            found |= {f"left_{side}": (dtype, (d_in, rank)), f"right_{side}": (dtype, (rank, d_out))}
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A whole checkpoint.
+
+    Attributes:
+        linears: quantized linears by the name of their module.
+        rotated: modules whose input is rotated at run time; the signs of each are the tensor ``<name>.signs``.
+        residual_rotation: whether the residual stream is in a rotated basis (information: nothing undoes it).
+        placeholders: ids of the tokens that stand for pieces of a medium, by name of the modality.
+        made_by: masq's version and what is known of the run.
+        tensors_sha256: of the listing of all tensors with their checksums, which every weight file holds.
+        config_sha256: of the rest of config.json (``masq.export.files.config_digest``).
+    """
+
+    linears: Mapping[str, LinearEntry]
+    rotated: tuple[str, ...]
+    residual_rotation: bool
+    placeholders: Mapping[str, tuple[int, ...]]
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+    tensors_sha256: str = ""
+    config_sha256: str = ""
+
+    def sealed(self, tensors_sha256: str, config_sha256: str) -> Description:
+        """The same, of these contents."""
+        return replace(self, tensors_sha256=tensors_sha256, config_sha256=config_sha256)
+
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+        """Dtype and shape of every tensor that quantization adds; the shape of signs is that of their linear."""
+        found: dict[str, tuple[str, tuple[int, ...] | None]] = {}
+        for name, entry in self.linears.items():
+            found |= {f"{name}.{key}": value for key, value in entry.tensors().items()}
+        for name in self.rotated:
+            inside = self.linears.get(f"{name}.linear")
+            found[f"{name}.signs"] = ("F32", None if inside is None else (inside.in_features,))
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON content; ``from_dict`` gives the description back."""
+        formats = list(dict.fromkeys(entry.format for entry in self.linears.values()))
+        content: dict[str, Any] = {
+            "quant_method": METHOD,
+            "version": VERSION,
+            "formats": [asdict(one) for one in formats],
+            "linears": {name: _entry_to_dict(entry, formats) for name, entry in self.linears.items()},
+            "rotation": {"inputs": list(self.rotated), "residual": self.residual_rotation},
+            "placeholders": {side: list(ids) for side, ids in self.placeholders.items()},
+            "made_by": dict(self.made_by),
+            "tensors_sha256": self.tensors_sha256,
+            "config_sha256": self.config_sha256,
+        }
+        return {**content, "sha256": canonical_hash(content)}
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Description:
+        """Parse what ``to_dict`` made.
+
+        Raises:
+            ModelError: a wrong version, checksum, key, type or value.
+        """
+        content = _object(content, "quantization_config")
+        _check_version(content)
+        _check_seal(content)
+        keys = set(cls(linears={}, rotated=(), residual_rotation=False, placeholders={}).to_dict())
+        _check_keys(content, keys, "quantization_config")
+        formats = [_linear_format(one, f"formats[{index}]") for index, one in enumerate(_list(content["formats"]))]
+        rotation = _object(content["rotation"], "rotation")
+        _check_keys(rotation, {"inputs", "residual"}, "rotation")
+        linears = _object(content["linears"], "linears")
+        if not 0 < len(linears) <= _MAX_LINEARS:
+            raise _error("linears must name between 1 and 65536 linears", len(linears))
+        return cls(
+            linears={name: _entry(name, one, formats) for name, one in linears.items()},
+            rotated=tuple(_text(name, "rotation.inputs") for name in _list(rotation["inputs"])),
+            residual_rotation=_boolean(rotation["residual"], "rotation.residual"),
+            placeholders=_placeholders(content["placeholders"]),
+            made_by=_object(content["made_by"], "made_by"),
+            tensors_sha256=_text(content["tensors_sha256"], "tensors_sha256"),
+            config_sha256=_text(content["config_sha256"], "config_sha256"),
+        )
+
+
+def _entry_to_dict(entry: LinearEntry, formats: list[LinearFormat]) -> dict[str, Any]:
+    return {
+        "in_features": entry.in_features,
+        "out_features": entry.out_features,
+        "format": formats.index(entry.format),
+        "bias": entry.bias,
+        "smoothing": entry.smoothing,
+        "ranks": dict(entry.ranks),
+        "factor_dtype": entry.factor_dtype,
+        "group": entry.group,
+    }
+
+
+def _entry(name: str, content: Any, formats: list[LinearFormat]) -> LinearEntry:
+    content = _object(content, name)
+    _check_keys(content, set(LinearEntry.__dataclass_fields__), name)
+    d_in, d_out = (_integer(content[key], f"{name}.{key}", 1, _MAX_FEATURES) for key in ("in_features", "out_features"))
+    fmt = formats[_integer(content["format"], f"{name}.format", 0, len(formats) - 1)]
+    if d_in % (fmt.weight.group_size or 1):
+        raise _error(f"{name}: the group size must divide the inputs", f"{fmt.weight.group_size} of {d_in}")
+    ranks = _object(content["ranks"], f"{name}.ranks")
+    for side in ranks:
+        _known_side(side)
+        _integer(ranks[side], f"{name}.ranks.{side}", 1, min(d_in, d_out))
+    factor_dtype = _dtype(content["factor_dtype"], f"{name}.factor_dtype")
+    if bool(ranks) != (factor_dtype is not None):
+        raise _error(f"{name}: factor_dtype belongs to ranks", f"{factor_dtype} with {len(ranks)} ranks")
+    return LinearEntry(
+        in_features=d_in,
+        out_features=d_out,
+        format=fmt,
+        bias=_dtype(content["bias"], f"{name}.bias"),
+        smoothing=_integer(content["smoothing"], f"{name}.smoothing", 0, len(SIDES)),
+        ranks=ranks,
+        factor_dtype=factor_dtype,
+        group=_integer(content["group"], f"{name}.group", 0, _MAX_LINEARS),
+    )
+
+
+def _linear_format(content: Any, place: str) -> LinearFormat:
+    content = _object(content, place)
+    _check_keys(content, {"weight", "activation"}, place)
+    weight = _tensor_format(content["weight"], f"{place}.weight")
+    activation = content["activation"]
+    if activation is not None:
+        activation = _tensor_format(activation, f"{place}.activation")
+    if weight.granularity == "per_token" or (activation is not None and activation.granularity != "per_token"):
+        raise _error(f"{place}: weights are per channel or per group, activations per token", "another granularity")
+    if activation is not None and not activation.symmetric:
+        raise _error(f"{place}: activations are symmetric", "symmetric=false")
+    return LinearFormat(weight, activation)
+
+
+def _tensor_format(content: Any, place: str) -> TensorFormat:
+    content = _object(content, place)
+    _check_keys(content, {"bits", "symmetric", "granularity", "group_size"}, place)
+    granularity, size = content["granularity"], content["group_size"]
+    if granularity not in ("per_channel", "per_group", "per_token"):
+        raise _error(f"{place}.granularity must be per_channel, per_group or per_token", _shown(granularity))
+    try:
+        return TensorFormat(
+            bits=_integer(content["bits"], f"{place}.bits", 2, 8),
+            symmetric=_boolean(content["symmetric"], f"{place}.symmetric"),
+            granularity=granularity,
+            group_size=None if size is None else _integer(size, f"{place}.group_size", 1, _MAX_FEATURES),
+        )
+    except ConfigError as error:
+        raise _error(f"{place}: {error.rule}", error.value) from error
+
+
+def _placeholders(content: Any) -> dict[str, tuple[int, ...]]:
+    content = _object(content, "placeholders")
+    for side in content:
+        _known_side(side)
+    found = {side: tuple(_list(ids)) for side, ids in content.items()}
+    every = [_integer(one, "placeholders", 0, _MAX_TOKEN_ID) for ids in found.values() for one in ids]
+    if len(set(every)) != len(every):
+        raise _error("a placeholder token has one modality", "an id twice")
+    return found
+
+
+def _check_version(content: Mapping[str, Any]) -> None:
+    if content.get("quant_method") != METHOD:
+        raise _error("quantization_config must be of quant_method masq", _shown(content.get("quant_method")))
+    version = content.get("version")
+    if type(version) is not int or version != VERSION:
+        raise ModelError(
+            f"this masq reads packed checkpoints of version {VERSION}",
+            value=f"version {_shown(version)}",
+            remedy="load it with the masq that wrote it, or export the run again",
+        )
+
+
+def _check_seal(content: Mapping[str, Any]) -> None:
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    try:
+        found = canonical_hash(rest)
+    except (ValueError, RecursionError) as error:
+        raise _error("quantization_config must be plain JSON", error) from error
+    if content.get("sha256") != found:
+        raise _error("the checksum of quantization_config must fit its content", "another one")
+
+
+def _check_keys(content: Mapping[str, Any], keys: set[str], place: str) -> None:
+    for kind, names in (("lacks", keys - content.keys()), ("has an unknown", content.keys() - keys)):
+        if names:
+            raise _error(f"{place} {kind} key", _shown(sorted(names)[0]))
+
+
+def _known_side(side: str) -> None:
+    if side not in SIDES:
+        raise _error(f"a modality is one of {', '.join(SIDES)}", _shown(side))
+
+
+def _object(content: Any, place: str) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise _error(f"{place} must be an object", type(content).__name__)
+    return content
+
+
+def _list(content: Any) -> list[Any]:
+    if not isinstance(content, list):
+        raise _error("a list is needed", type(content).__name__)
+    return content
+
+
+def _text(content: Any, place: str) -> str:
+    if not isinstance(content, str):
+        raise _error(f"{place} must be text", type(content).__name__)
+    return content
+
+
+def _boolean(content: Any, place: str) -> bool:
+    if type(content) is not bool:
+        raise _error(f"{place} must be true or false", type(content).__name__)
+    return content
+
+
+def _integer(content: Any, place: str, low: int, high: int) -> int:
+    if type(content) is not int or not low <= content <= high:
+        raise _error(f"{place} must be an integer between {low} and {high}", _shown(content))
+    return content
+
+
+def _dtype(content: Any, place: str) -> str | None:
+    if content is not None and content not in STORED_DTYPES:
+        raise _error(f"{place} must be one of {', '.join(STORED_DTYPES)}, or null", _shown(content))
+    return content
+
+
+def _shown(value: object) -> str:
+    """A value from a file, short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _error(rule: str, value: object) -> ModelError:
+    return ModelError(rule, value=value, remedy="the checkpoint is damaged: copy it again, or export the run again")
