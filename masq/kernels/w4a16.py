@@ -1,5 +1,10 @@
 """4-bit weights with float inputs in our own kernels: what ``masq.kernels.cpu`` hands over here.
 
+Codes are multiplied exactly and summed in float32, and a group's sum is scaled once: an output is within
+``(I + 4) 2^-24 sum_k |x_k| (|code_k| + zero) scale`` of the float64 product with the dequantized weight. The one exception
+is a bfloat16 input on AMX of more rows than half the inputs of a group, where there are several groups: dequantized
+weights are rounded to bfloat16, which adds up to ``2^-8 sum_k |x_k w_k|``.
+
 Shapes: N rows, I input channels, O output channels, G groups of input channels.
 """
 
