@@ -79,11 +79,11 @@ class RowAddend:
 
     Attributes:
         rows: int64 [n], each at most once.
-        values: [n, O], float32 or bfloat16 or float16.
+        values: [n, O_j], float32 or bfloat16 or float16, contiguous, for consecutive parts of the O outputs.
     """
 
     rows: torch.Tensor
-    values: torch.Tensor
+    values: tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +138,22 @@ class Kernel(ABC):
             activation: per-token format, None leaves the rows unquantized.
             smoothing: None for no run-time smoothing.
         """
+
+    def smooth(self, x: torch.Tensor, rows: torch.Tensor, smoothing: RowSmoothing | None) -> torch.Tensor:
+        """Some rows, smoothed and not quantized: what a low-rank correction reads.
+
+        Args:
+            x: as for ``quantize``.
+            rows: int64 [n].
+            smoothing: of all rows, None for none.
+
+        Returns:
+            [n, I] in the dtype of ``x``, rounded once.
+        """
+        if smoothing is None:
+            return x[rows]
+        which = 0 if smoothing.rows is None else smoothing.rows[rows]
+        return (x[rows].float() * smoothing.inverse[which]).to(x.dtype)
 
     @abstractmethod
     def gemm(

@@ -6,6 +6,7 @@ Shapes: N rows, I input channels, O output channels, U smoothing vectors.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import platform
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -112,7 +113,8 @@ class CpuKernel(Kernel):
         """See ``Kernel.quantize``."""
         _check_rows(x, smoothing)
         if activation is None:
-            return QuantizedActivation(self._smooth(x, smoothing), None, len(x))
+            rows = x if smoothing is None else self._smooth(x, None, smoothing)
+            return QuantizedActivation(rows, None, len(x))
         num_rows, num_inner = x.shape
         codes = torch.empty(_code_bytes(num_rows, num_inner), dtype=torch.int8)
         scale = torch.empty(num_rows, 1)
@@ -124,14 +126,18 @@ class CpuKernel(Kernel):
         )
         return QuantizedActivation(codes, scale, num_rows)
 
-    def _smooth(self, x: torch.Tensor, smoothing: RowSmoothing | None) -> torch.Tensor:
-        """Rows [N, I] times their factors, rounded to their own dtype."""
-        if smoothing is None:
-            return x
-        rows = torch.empty_like(x)
+    def smooth(self, x: torch.Tensor, rows: torch.Tensor, smoothing: RowSmoothing | None) -> torch.Tensor:
+        """See ``Kernel.smooth``."""
+        if smoothing is None or self.isa < w4a16.VNNI:
+            return super().smooth(x, rows, smoothing)
+        return self._smooth(x, rows, smoothing)
+
+    def _smooth(self, x: torch.Tensor, take: torch.Tensor | None, smoothing: RowSmoothing) -> torch.Tensor:
+        """Rows [N, I], or those that ``take`` names, times their factors, rounded to their own dtype."""
+        rows = x.new_empty(len(x) if take is None else len(take), x.shape[1])
         _functions().masq_smooth(
-            *(x.data_ptr(), _DTYPES[x.dtype], smoothing.inverse.data_ptr(), _pointer(smoothing.rows), *x.shape),
-            *(rows.data_ptr(), torch.get_num_threads()),
+            *(x.data_ptr(), _DTYPES[x.dtype], smoothing.inverse.data_ptr(), _pointer(smoothing.rows), _pointer(take)),
+            *(*rows.shape, rows.data_ptr(), torch.get_num_threads()),
         )
         return rows
 
@@ -147,14 +153,10 @@ class CpuKernel(Kernel):
         """See ``Kernel.gemm``."""
         num_rows = activation.num_rows
         y_no = torch.empty(num_rows, prepared.out_features, dtype=dtype)
-        places = values = None
-        if addend is not None:
-            values = addend.values.contiguous()
-            places = torch.full((num_rows,), -1, dtype=torch.int32)
-            places[addend.rows] = torch.arange(len(addend.rows), dtype=torch.int32)
+        added = _Addend(addend, num_rows)
         rest = [
-            *(_pointer(bias), _pointer(places), _pointer(values), 0 if values is None else _DTYPES[values.dtype]),
-            *(y_no.data_ptr(), _DTYPES[dtype], num_rows, prepared.out_features, prepared.in_features),
+            *(_pointer(bias), *added.arguments, y_no.data_ptr(), _DTYPES[dtype]),
+            *(num_rows, prepared.out_features, prepared.in_features),
         ]
         where = (self.isa, torch.get_num_threads())
         if activation.scale is None:
@@ -187,13 +189,29 @@ def _functions() -> Any:
     found.masq_quantize.argtypes = [
         *(_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER, _INT, _INT)
     ]
-    rest = [_POINTER, _POINTER, _POINTER, _INT, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT]
+    rest = [*[_POINTER] * 4, _INT, _INT, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT]
     found.masq_gemm.argtypes = [*[_POINTER] * 5, *rest]
     found.masq_gemm_w4a16.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG, *rest]
-    found.masq_smooth.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT]
+    found.masq_smooth.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT]
     for name in ("masq_quantize", "masq_smooth", "masq_gemm", "masq_gemm_w4a16"):
         getattr(found, name).restype = None
     return found
+
+
+class _Addend:
+    """What ``csrc/common.h`` calls so, as arguments; it keeps alive what they point to."""
+
+    def __init__(self, addend: RowAddend | None, num_rows: int) -> None:
+        self.arguments: tuple[Any, ...] = (None, None, None, 0, 0)
+        if addend is None:
+            return
+        self._values = [part.contiguous() for part in addend.values]
+        self._places = torch.full((num_rows,), -1, dtype=torch.int32)
+        self._places[addend.rows] = torch.arange(len(addend.rows), dtype=torch.int32)
+        count = len(self._values)
+        pointers = (_POINTER * count)(*(part.data_ptr() for part in self._values))
+        starts = (_LONG * (count + 1))(*itertools.accumulate((part.shape[1] for part in self._values), initial=0))
+        self.arguments = (self._places.data_ptr(), pointers, starts, count, _DTYPES[self._values[0].dtype])
 
 
 def _check_rows(x: torch.Tensor, smoothing: RowSmoothing | None) -> None:

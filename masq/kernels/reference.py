@@ -27,7 +27,7 @@ def smooth(x: torch.Tensor, smoothing: RowSmoothing | None) -> torch.Tensor:
 def finish(y_no: torch.Tensor, bias: torch.Tensor | None, addend: RowAddend | None, dtype: torch.dtype) -> torch.Tensor:
     """Add what comes after the product to float32 [N, O], in place, and round once to ``dtype``."""
     if addend is not None:
-        y_no[addend.rows] += addend.values.float()
+        y_no[addend.rows] += torch.cat(addend.values, dim=1).float()
     if bias is not None:
         y_no += bias
     return y_no.to(dtype)

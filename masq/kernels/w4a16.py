@@ -1,9 +1,9 @@
 """4-bit weights with float inputs in our own kernels: what ``masq.kernels.cpu`` hands over here.
 
 Codes are multiplied exactly and summed in float32, and a group's sum is scaled once: an output is within
-``(I + 4) 2^-24 sum_k |x_k| (|code_k| + zero) scale`` of the float64 product with the dequantized weight. The one exception
-is a bfloat16 input on AMX of more rows than half the inputs of a group, where there are several groups: dequantized
-weights are rounded to bfloat16, which adds up to ``2^-8 sum_k |x_k w_k|``.
+``(I + 4) 2^-24 sum_k |x_k| (|code_k| + zero) scale`` of the float64 product with the dequantized weight. One exception:
+on AMX, of a bfloat16 input with more rows than half the inputs of a group, and several groups, dequantized weights are
+rounded to bfloat16, which adds up to ``2^-8 sum_k |x_k w_k|``.
 
 Shapes: N rows, I input channels, O output channels, G groups of input channels.
 """
@@ -54,7 +54,7 @@ def prepare(weight: PackedWeight) -> PreparedWeight:
         "scale": _strips(weight.scale),
     }
     if weight.zero_point is not None:
-        tensors["zero"] = _strips(weight.zero_point.float())
+        tensors["zero"] = _strips(weight.zero_point)
     return PreparedWeight(tensors, weight.format, weight.in_features, weight.out_features)
 
 
@@ -68,7 +68,7 @@ def restore(prepared: PreparedWeight) -> PackedWeight:
     return PackedWeight(
         pack_nibbles(codes),
         _channels(prepared.tensors["scale"], prepared.out_features),
-        None if zero is None else _channels(zero, prepared.out_features).to(torch.uint8),
+        None if zero is None else _channels(zero, prepared.out_features),
         prepared.format,
         prepared.in_features,
     )

@@ -99,30 +99,26 @@ class Stack:
         """Low-rank corrections of the rows of their modality; none for text, and so none in decoding."""
         if not held.left or context.text_only:
             return None
-        rows, values = [], []
-        for modality, left in held.left.items():
-            own = context.rows_of(modality)
-            if own.numel():
-                u_nr = _smoothed(rows_ni, own, smoothing) @ left.to(rows_ni.dtype)
-                rows.append(own)
-                values.append(self._up(u_nr, held.right[modality]))
+        rows = {modality: own for modality in held.left if (own := context.rows_of(modality)).numel()}
         if not rows:
             return None
-        return RowAddend(rows[0], values[0]) if len(rows) == 1 else RowAddend(torch.cat(rows), torch.cat(values))
+        count, start = sum(len(own) for own in rows.values()), 0
+        values = tuple(rows_ni.new_empty(count, size) for size in self.sizes)
+        for modality, own in rows.items():
+            u_nr = held.kernel.smooth(rows_ni, own, smoothing) @ held.left[modality].to(rows_ni.dtype)
+            self._up(u_nr, held.right[modality], [part[start : start + len(own)] for part in values])
+            start += len(own)
+        return RowAddend(torch.cat(list(rows.values())) if len(rows) > 1 else next(iter(rows.values())), values)
 
-    def _up(self, u_nr: torch.Tensor, rights: list[torch.Tensor | None]) -> torch.Tensor:
-        """L2 of every member on its columns of U: [n, sum of O]."""
-        if len(rights) == 1 and rights[0] is not None:
-            return u_nr @ rights[0].to(u_nr.dtype)
-        values = u_nr.new_empty(len(u_nr), sum(self.sizes))
+    def _up(self, u_nr: torch.Tensor, rights: list[torch.Tensor | None], parts: list[torch.Tensor]) -> None:
+        """Write L2 of every member on its columns of U into its part [n, O]."""
         column = 0
-        for part, right in zip(values.split(self.sizes, dim=1), rights, strict=True):
+        for part, right in zip(parts, rights, strict=True):
             if right is None:
                 part.zero_()
             else:
-                torch.matmul(u_nr[:, column : column + len(right)], right.to(u_nr.dtype), out=part)
+                torch.mm(u_nr[:, column : column + len(right)], right.to(u_nr.dtype), out=part)
                 column += len(right)
-        return values
 
     def prepare(self) -> _Prepared:
         """Hand the weights to the kernel.
@@ -228,15 +224,6 @@ def can_stack(one: PackedLinear, other: PackedLinear) -> bool:
     ]
     pairs = [(one.inverse_smoothing, other.inverse_smoothing), (one.smoothing_rows, other.smoothing_rows)]
     return same[0] == same[1] and all(_equal(a, b) for a, b in pairs)
-
-
-def _smoothed(rows_ni: torch.Tensor, own: torch.Tensor, smoothing: RowSmoothing | None) -> torch.Tensor:
-    """Smoothed, unquantized rows of one modality, [n, I] in the dtype of the model."""
-    rows = rows_ni[own]
-    if smoothing is None:
-        return rows
-    which = 0 if smoothing.rows is None else smoothing.rows[own]
-    return (rows.float() * smoothing.inverse[which]).to(rows.dtype)
 
 
 def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:

@@ -45,9 +45,12 @@ def smoothing(count: int, inner: int, vectors: int, seed: int = 2) -> RowSmoothi
 
 
 def addend(count: int, out: int, share: float, dtype: torch.dtype, seed: int = 3) -> RowAddend:
+    """In two parts that meet within a vector of sixteen, where there are so many outputs."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(count, generator=generator)[: int(share * count)]
-    return RowAddend(chosen, torch.randn(len(chosen), out, generator=generator).to(dtype))
+    values = torch.randn(len(chosen), out, generator=generator).to(dtype)
+    sizes = [out // 3, out - out // 3] if out > 2 else [out]
+    return RowAddend(chosen, tuple(part.contiguous() for part in values.split(sizes, dim=1)))
 
 
 def run(

@@ -145,14 +145,14 @@ def test_what_is_added_is_added_in_float32_and_rounded_once(dtype, values_dtype,
     prepared = KERNEL.prepare(pack(quantized), activation)
     plain = KERNEL.gemm(rows, prepared, bias=None, addend=None, dtype=torch.float32)
     bias = rand(5, seed=4)
-    addend = RowAddend(torch.tensor([4, 0]), rand(2, 5, seed=5).to(values_dtype))
+    addend = RowAddend(torch.tensor([4, 0]), (rand(2, 5, seed=5).to(values_dtype),))
     found = KERNEL.gemm(rows, prepared, bias=bias, addend=addend, dtype=dtype)
     wanted = plain.clone()
     for place, row in enumerate((4, 0)):
-        wanted[row] = wanted[row] + addend.values[place].float()
+        wanted[row] = wanted[row] + addend.values[0][place].float()
     assert found.dtype == dtype
     assert torch.equal(found, (wanted + bias).to(dtype))
-    empty = RowAddend(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 5, dtype=values_dtype))
+    empty = RowAddend(torch.zeros(0, dtype=torch.int64), (torch.zeros(0, 5, dtype=values_dtype),))
     assert torch.equal(KERNEL.gemm(rows, prepared, bias=None, addend=empty, dtype=torch.float32), plain)
 
 

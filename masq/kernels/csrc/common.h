@@ -8,6 +8,14 @@
 #include <string.h>
 namespace {
 
+// What is added to some rows: by row its place, -1 for none; values of consecutive parts of the outputs, each [n, width].
+struct Addend {
+  const int32_t* places;  // or null
+  const void* const* values;
+  const int64_t* starts;  // First output of each part, and the number of outputs after the last.
+  int parts, dtype;
+};
+
 enum Isa { kScalar = 0, kAvx2 = 1, kVnni = 2, kAmx = 3 };
 enum Dtype { kFloat = 0, kBfloat = 1, kHalf = 2 };
 
@@ -81,6 +89,30 @@ AVX512_TARGET inline __m512 load16(const void* from, int64_t index, int dtype, _
   __m256i raw = _mm256_maskz_loadu_epi16(mask, (const uint16_t*)from + index);
   if (dtype == kBfloat) return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
   return _mm512_cvtph_ps(raw);
+}
+
+inline int part_of(const Addend& addend, int64_t column) {
+  int part = 0;
+  while (part + 1 < addend.parts && column >= addend.starts[part + 1]) ++part;
+  return part;
+}
+
+inline float added(const Addend& addend, int64_t place, int64_t column) {
+  int part = part_of(addend, column);
+  int64_t start = addend.starts[part], width = addend.starts[part + 1] - start;
+  return load(addend.values[part], place * width + column - start, addend.dtype);
+}
+
+// Sixteen of them from a column on, those in the mask.
+AVX512_TARGET inline __m512 added16(const Addend& addend, int64_t place, int64_t column, __mmask16 mask) {
+  int part = part_of(addend, column);
+  int64_t start = addend.starts[part], end = addend.starts[part + 1];
+  if (column + 16 <= end || part + 1 == addend.parts)
+    return load16(addend.values[part], place * (end - start) + column - start, addend.dtype, mask);
+  alignas(64) float values[16] = {};  // Two parts meet within them.
+  for (int i = 0; i < 16; ++i)
+    if (mask >> i & 1) values[i] = added(addend, place, column + i);
+  return _mm512_load_ps(values);
 }
 
 AVX512_TARGET inline void store16(void* to, int64_t index, int dtype, __mmask16 mask, __m512 value) {

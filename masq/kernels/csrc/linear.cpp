@@ -26,9 +26,7 @@ struct Product {
   const float* w_scale;
   const int32_t* offset;  // 128 times the sum of a column's codes, as they are multiplied.
   const float* bias;      // or null
-  const int32_t* addend_of;  // by row, -1 for none; or null
-  const void* addend;
-  int addend_dtype;
+  Addend addend;
   void* out;
   int out_dtype;
   int64_t m, n, k;
@@ -179,14 +177,14 @@ AVX512_TARGET void round_row(const float* values, void* out, int64_t from, int64
   }
 }
 
-void smooth_rows(const Rows& rows, void* out, int threads) {
+void smooth_rows(const Rows& rows, const int64_t* take, void* out, int threads) {
   if (rows.m * rows.k < kParallelWork) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     float* smoothed = new float[(rows.k + kBlock - 1) / kBlock * kBlock];
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows.m; ++row) {
-      smooth_row_avx512(rows, row, smoothed);
+      smooth_row_avx512(rows, take ? take[row] : row, smoothed);
       round_row(smoothed, out, row * rows.k, rows.k, rows.dtype);
     }
     delete[] smoothed;
@@ -393,8 +391,7 @@ void finish_scalar(const Product& p, int64_t column, int64_t first, int64_t rows
       int32_t sum = p.four_bits ? sums[row * kPanel + j] / 16 : sums[row * kPanel + j];
       float value = (float)sum * p.a_scale[m];
       value *= p.w_scale[column + j];
-      if (p.addend_of && p.addend_of[m] >= 0)
-        value += load(p.addend, (int64_t)p.addend_of[m] * p.n + column + j, p.addend_dtype);
+      if (p.addend.places && p.addend.places[m] >= 0) value += added(p.addend, p.addend.places[m], column + j);
       if (p.bias) value += p.bias[column + j];
       store(p.out, m * p.n + column + j, p.out_dtype, value);
     }
@@ -413,8 +410,8 @@ AVX512_TARGET void finish_avx512(const Product& p, int64_t column, int64_t first
       if (p.four_bits) sum = _mm512_srai_epi32(sum, 4);
       __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(p.a_scale[m]));
       value = _mm512_mul_ps(value, scale);
-      if (p.addend_of && p.addend_of[m] >= 0)
-        value = _mm512_add_ps(value, load16(p.addend, (int64_t)p.addend_of[m] * p.n + column + j, p.addend_dtype, mask));
+      if (p.addend.places && p.addend.places[m] >= 0)
+        value = _mm512_add_ps(value, added16(p.addend, p.addend.places[m], column + j, mask));
       if (p.bias) value = _mm512_add_ps(value, bias);
       store16(p.out, m * p.n + column + j, p.out_dtype, mask, value);
     }
@@ -480,17 +477,16 @@ void masq_quantize(const void* x, int dtype, const float* inverse, const int64_t
   quantize_rows(Rows{x, dtype, inverse, which, m, k, qmax, codes, scale}, isa, threads);
 }
 
-// Smoothed rows in their own dtype; AVX512 alone.
-void masq_smooth(const void* x, int dtype, const float* inverse, const int64_t* which, int64_t m, int64_t k, void* out,
-                 int threads) {
-  smooth_rows(Rows{x, dtype, inverse, which, m, k, 1, nullptr, nullptr}, out, threads);
+// Smoothed rows in their own dtype: m of them, those that take names or the first; AVX512 alone.
+void masq_smooth(const void* x, int dtype, const float* inverse, const int64_t* which, const int64_t* take, int64_t m,
+                 int64_t k, void* out, int threads) {
+  smooth_rows(Rows{x, dtype, inverse, which, m, k, 1, nullptr, nullptr}, take, out, threads);
 }
 
 void masq_gemm(const int8_t* codes, const float* a_scale, const uint8_t* w, const float* w_scale, const int32_t* offset,
-               const float* bias, const int32_t* addend_of, const void* addend, int addend_dtype, void* out,
-               int out_dtype, int64_t m, int64_t n, int64_t k, int four_bits, int isa, int threads) {
-  multiply(Product{codes, a_scale, w, w_scale, offset, bias, addend_of, addend, addend_dtype, out, out_dtype, m, n, k,
-                   four_bits, isa},
-           threads);
+               const float* bias, const int32_t* places, const void* const* addends, const int64_t* starts, int parts,
+               int addend_dtype, void* out, int out_dtype, int64_t m, int64_t n, int64_t k, int four_bits, int isa, int threads) {
+  Addend addend{places, addends, starts, parts, addend_dtype};
+  multiply(Product{codes, a_scale, w, w_scale, offset, bias, addend, out, out_dtype, m, n, k, four_bits, isa}, threads);
 }
 }

@@ -3,7 +3,7 @@
 // Shapes: M rows, K inputs, N outputs, G groups of inputs, strips of 16 outputs (their number even, rounded up).
 //
 // Weights [strip][ceil(K / 32) * 4][16] uint32: a word holds eight consecutive inputs of one output, the first lowest.
-// Scales and zero points [strip][G][16] float; a group is a multiple of 32 inputs, or all of them.
+// Scales [strip][G][16] float, zero points [strip][G][16] uint8; a group is a multiple of 32 inputs, or all of them.
 //
 // Few rows, and rows in float32 or float16: float32 throughout, a group's sum scaled once. More rows in bfloat16 on AMX: the
 // same from codes in bfloat16, which are exact; but many rows and several groups (see exact()): weights are dequantized in
@@ -24,12 +24,10 @@ struct FloatProduct {
   int x_dtype;
   const uint32_t* w;
   const float* scale;
-  const float* zero;  // or null
+  const uint8_t* zero;  // or null
   int64_t group, groups;
   const float* bias;
-  const int32_t* addend_of;
-  const void* addend;
-  int addend_dtype;
+  Addend addend;
   void* out;
   int out_dtype;
   int64_t m, n, k;
@@ -38,7 +36,7 @@ struct FloatProduct {
   int64_t slices() const { return (k + kSlice - 1) / kSlice; }
   const uint32_t* strip(int64_t index) const { return w + index * slices() * kLines * kStrip; }
   const float* scales(int64_t index) const { return scale + index * groups * kStrip; }
-  const float* zeros(int64_t index) const { return zero ? zero + index * groups * kStrip : nullptr; }
+  const uint8_t* zeros(int64_t index) const { return zero ? zero + index * groups * kStrip : nullptr; }
   int64_t begin(int64_t g) const { return g < groups ? g * group / kSlice : slices(); }  // First slice of a group.
   // Whether codes are multiplied as they are. Each group is then summed and scaled by itself, which of half as many rows as
   // a group has inputs costs less than to dequantize the weights.
@@ -62,6 +60,10 @@ AVX512_TARGET inline __m512 code_values(int is_signed) {
   return _mm512_load_ps(values);
 }
 
+AVX512_TARGET inline __m512 bytes16(const uint8_t* from) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from)));
+}
+
 // R rows (float32, padded with zeros to whole slices; seen: their sums over each group) times one strip: sums of 16
 // outputs, rows kPanel apart.
 template <int R>
@@ -70,7 +72,8 @@ AVX512_TARGET void strip_float(const FloatProduct& p, int64_t index, const float
   const int64_t x_step = p.slices() * kSlice;
   const __m512 values = code_values(p.is_signed);
   const uint32_t* w = p.strip(index);
-  const float *scales = p.scales(index), *zeros = p.zeros(index);
+  const float* scales = p.scales(index);
+  const uint8_t* zeros = p.zeros(index);
   __m512 total[R];
   for (int i = 0; i < R; ++i) total[i] = _mm512_setzero_ps();
   const int64_t last = p.slices() * kSlice;
@@ -94,7 +97,7 @@ AVX512_TARGET void strip_float(const FloatProduct& p, int64_t index, const float
     for (int i = 0; i < R; ++i) {
       __m512 whole = sum[i][0];
       for (int c = 1; c < kChains; ++c) whole = _mm512_add_ps(whole, sum[i][c]);
-      if (zeros) whole = _mm512_fnmadd_ps(_mm512_loadu_ps(zeros + g * kStrip), _mm512_set1_ps(seen[i * p.groups + g]), whole);
+      if (zeros) whole = _mm512_fnmadd_ps(bytes16(zeros + g * kStrip), _mm512_set1_ps(seen[i * p.groups + g]), whole);
       total[i] = _mm512_fmadd_ps(whole, scale, total[i]);
     }
   }
@@ -108,8 +111,8 @@ AVX512_TARGET void finish_float(const FloatProduct& p, int64_t column, int64_t f
     for (int64_t row = 0; row < rows; ++row) {
       int64_t m = first + row;
       __m512 value = _mm512_loadu_ps(sums + row * kPanel + j);
-      if (p.addend_of && p.addend_of[m] >= 0)
-        value = _mm512_add_ps(value, load16(p.addend, (int64_t)p.addend_of[m] * p.n + column + j, p.addend_dtype, mask));
+      if (p.addend.places && p.addend.places[m] >= 0)
+        value = _mm512_add_ps(value, added16(p.addend, p.addend.places[m], column + j, mask));
       if (p.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, p.bias + column + j));
       store16(p.out, m * p.n + column + j, p.out_dtype, mask, value);
     }
@@ -214,7 +217,7 @@ AMX_TARGET void unpack_panel(const FloatProduct& p, int64_t panel, int64_t begin
         continue;
       }
       const int64_t at = s * kSlice / p.group * kStrip;
-      const __m512 zero = p.zero ? _mm512_loadu_ps(p.zeros(strip) + at) : _mm512_setzero_ps();
+      const __m512 zero = p.zero ? bytes16(p.zeros(strip) + at) : _mm512_setzero_ps();
       unpack_weights(words, values, _mm512_loadu_ps(p.scales(strip) + at), zero, tiles);
     }
 }
@@ -264,7 +267,7 @@ AVX512_TARGET void fold(const FloatProduct& p, int64_t panel, int64_t g, int64_t
                         float* totals) {
   for (int64_t h = 0; h < 2; ++h) {
     const __m512 scale = _mm512_loadu_ps(p.scales(2 * panel + h) + g * kStrip);
-    const __m512 zero = p.zero ? _mm512_loadu_ps(p.zeros(2 * panel + h) + g * kStrip) : _mm512_setzero_ps();
+    const __m512 zero = p.zero ? bytes16(p.zeros(2 * panel + h) + g * kStrip) : _mm512_setzero_ps();
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t at = row * kPanel + h * kStrip;
       __m512 sum = _mm512_fnmadd_ps(zero, _mm512_set1_ps(seen[row * p.groups + g]), _mm512_loadu_ps(sums + at));
@@ -342,12 +345,13 @@ void many_rows(const FloatProduct& p, int threads) {
 
 }  // namespace
 
-extern "C" void masq_gemm_w4a16(const void* x, int x_dtype, const uint32_t* w, const float* scale, const float* zero,
-                                int64_t group, int64_t groups, const float* bias, const int32_t* addend_of,
-                                const void* addend, int addend_dtype, void* out, int out_dtype, int64_t m, int64_t n,
-                                int64_t k, int is_signed, int isa, int threads) {
-  FloatProduct p{x,   x_dtype,   w, scale, zero, group, groups,    bias, addend_of, addend, addend_dtype,
-                 out, out_dtype, m, n,     k,    is_signed, isa};
+extern "C" void masq_gemm_w4a16(const void* x, int x_dtype, const uint32_t* w, const float* scale, const uint8_t* zero,
+                                int64_t group, int64_t groups, const float* bias, const int32_t* places,
+                                const void* const* addends, const int64_t* starts, int parts, int addend_dtype,
+                                void* out, int out_dtype, int64_t m, int64_t n, int64_t k, int is_signed, int isa,
+                                int threads) {
+  Addend addend{places, addends, starts, parts, addend_dtype};
+  FloatProduct p{x, x_dtype, w, scale, zero, group, groups, bias, addend, out, out_dtype, m, n, k, is_signed, isa};
   if (p.isa == kAmx && p.x_dtype == kBfloat && p.m > kFewBfloatRows) many_rows(p, threads);
   else if (p.m) few_rows(p, threads);
 }
