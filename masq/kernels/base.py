@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from masq.numerics.packing import PackedWeight
     from masq.numerics.scheme import LinearFormat, TensorFormat
@@ -87,6 +87,36 @@ class RowAddend:
 
 
 @dataclass(frozen=True, eq=False)
+class PreparedFactors:
+    """The second factors of low-rank corrections of one modality in the layout of one kernel.
+
+    Attributes:
+        tensors: by names of the kernel's own.
+        ranks: R_j of each part of the outputs, 0 where it has no correction.
+        sizes: O_j of each part.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    ranks: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """Rows of one modality and what corrects them: ``U_j L2_j`` is added to part j of the outputs.
+
+    Attributes:
+        rows: int64 [n].
+        u: bfloat16 [n, sum of R_j], contiguous.
+        factors: of ``Kernel.prepare_factors``.
+    """
+
+    rows: torch.Tensor
+    u: torch.Tensor
+    factors: PreparedFactors
+
+
+@dataclass(frozen=True, eq=False)
 class QuantizedActivation:
     """Rows ready to be multiplied: made by one kernel, read by the same.
 
@@ -155,6 +185,22 @@ class Kernel(ABC):
         which = 0 if smoothing.rows is None else smoothing.rows[rows]
         return (x[rows].float() * smoothing.inverse[which]).to(x.dtype)
 
+    def prepare_factors(
+        self, rights: Sequence[torch.Tensor | None], sizes: Sequence[int], activation: TensorFormat | None
+    ) -> PreparedFactors | None:
+        """Second factors that ``gemm`` itself multiplies, rows being bfloat16; None where it cannot.
+
+        Args:
+            rights: L2 [R_j, O_j] of each part of the outputs, None where it has none.
+            sizes: O_j.
+            activation: format of the input.
+        """
+        return None
+
+    def restore_factors(self, factors: PreparedFactors) -> list[torch.Tensor | None]:
+        """The inverse of ``prepare_factors``."""
+        raise NotImplementedError(f"kernel {self.name} has prepared none")
+
     @abstractmethod
     def gemm(
         self,
@@ -164,6 +210,7 @@ class Kernel(ABC):
         bias: torch.Tensor | None,
         addend: RowAddend | None,
         dtype: torch.dtype,
+        low_rank: Sequence[LowRank] = (),
     ) -> torch.Tensor:
         """The product, scaled and added to: [N, O] in ``dtype``.
 
@@ -173,4 +220,5 @@ class Kernel(ABC):
             bias: [O], float32, or None.
             addend: None for none.
             dtype: float32, bfloat16 or float16.
+            low_rank: corrections whose factors this kernel has prepared, in float32 like an addend.
         """

@@ -15,13 +15,25 @@ import torch
 from torch.nn import functional
 
 from masq.errors import NumericalError
+from masq.kernels import factors as low_rank_factors
 from masq.kernels import w4a16
-from masq.kernels.base import Kernel, LinearSpec, PreparedWeight, QuantizedActivation, RowAddend, RowSmoothing
+from masq.kernels.base import (
+    Kernel,
+    LinearSpec,
+    LowRank,
+    PreparedFactors,
+    PreparedWeight,
+    QuantizedActivation,
+    RowAddend,
+    RowSmoothing,
+)
 from masq.kernels.build import BuildError, library
 from masq.numerics.integer_gemm import MAX_INNER
 from masq.numerics.packing import NIBBLE_BITS, PackedWeight, pack_nibbles, unpack_nibbles
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from masq.numerics.scheme import TensorFormat
 
 ISAS = ("scalar", "avx2", "avx512_vnni", "amx")
@@ -141,6 +153,18 @@ class CpuKernel(Kernel):
         )
         return rows
 
+    def prepare_factors(
+        self, rights: Sequence[torch.Tensor | None], sizes: Sequence[int], activation: TensorFormat | None
+    ) -> PreparedFactors | None:
+        """See ``Kernel.prepare_factors``: with AMX, integer inputs and factors in bfloat16."""
+        if activation is None or ISAS[self.isa] != "amx":
+            return None
+        return low_rank_factors.prepare(rights, sizes)
+
+    def restore_factors(self, factors: PreparedFactors) -> list[torch.Tensor | None]:
+        """See ``Kernel.restore_factors``."""
+        return low_rank_factors.restore(factors)
+
     def gemm(
         self,
         activation: QuantizedActivation,
@@ -149,6 +173,7 @@ class CpuKernel(Kernel):
         bias: torch.Tensor | None,
         addend: RowAddend | None,
         dtype: torch.dtype,
+        low_rank: Sequence[LowRank] = (),
     ) -> torch.Tensor:
         """See ``Kernel.gemm``."""
         num_rows = activation.num_rows
@@ -163,11 +188,11 @@ class CpuKernel(Kernel):
             given = w4a16.arguments(activation, prepared, _DTYPES)
             _functions().masq_gemm_w4a16(*given, *rest, int(prepared.format.symmetric), *where)
             return y_no
-        tensors = prepared.tensors
+        tensors, terms = prepared.tensors, low_rank_factors.Arguments(low_rank)
         _functions().masq_gemm(
             *(activation.data.data_ptr(), activation.scale.data_ptr(), tensors["codes"].data_ptr()),
             *(tensors["scale"].data_ptr(), tensors["offset"].data_ptr(), *rest),
-            *(int(prepared.format.bits <= NIBBLE_BITS), *where),
+            *(int(prepared.format.bits <= NIBBLE_BITS), *where, terms.pointer, terms.count),
         )
         return y_no
 
@@ -190,7 +215,7 @@ def _functions() -> Any:
         *(_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER, _INT, _INT)
     ]
     rest = [*[_POINTER] * 4, _INT, _INT, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT]
-    found.masq_gemm.argtypes = [*[_POINTER] * 5, *rest]
+    found.masq_gemm.argtypes = [*[_POINTER] * 5, *rest, _POINTER, _INT]
     found.masq_gemm_w4a16.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG, *rest]
     found.masq_smooth.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT]
     for name in ("masq_quantize", "masq_smooth", "masq_gemm", "masq_gemm_w4a16"):

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from masq.kernels.base import Kernel, LinearSpec, PreparedWeight, QuantizedActivation, RowAddend, RowSmoothing
+from masq.kernels.base import Kernel, LinearSpec, LowRank, PreparedWeight, QuantizedActivation, RowAddend, RowSmoothing
 from masq.numerics.affine import quantize
 from masq.numerics.integer_gemm import scaled_matmul
 from masq.numerics.packing import PackedWeight, unpack
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from masq.numerics.scheme import TensorFormat
 
 
@@ -77,8 +79,10 @@ class ReferenceKernel(Kernel):
         bias: torch.Tensor | None,
         addend: RowAddend | None,
         dtype: torch.dtype,
+        low_rank: Sequence[LowRank] = (),
     ) -> torch.Tensor:
         """As ``QuantLinear`` computes it, bit for bit."""
+        assert not low_rank, "it prepares no factors"
         weight = unpack(self.restore(prepared))
         scale = activation.scale
         if scale is not None and weight.format.symmetric and weight.scale.shape[1] == 1:

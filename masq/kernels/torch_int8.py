@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from masq.kernels.base import Kernel, LinearSpec, PreparedWeight, QuantizedActivation, RowAddend, RowSmoothing
+from masq.kernels.base import Kernel, LinearSpec, LowRank, PreparedWeight, QuantizedActivation, RowAddend, RowSmoothing
 from masq.kernels.reference import finish, smooth
 from masq.numerics.affine import QuantizedTensor, quantize
 from masq.numerics.integer_gemm import MAX_INNER, float_matmul, integer_matmul
 from masq.numerics.packing import NIBBLE_BITS, PackedWeight, pack, unpack
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from masq.numerics.scheme import TensorFormat
 
 FEW_ROWS = 32
@@ -99,6 +101,7 @@ class TorchKernel(Kernel):
         bias: torch.Tensor | None,
         addend: RowAddend | None,
         dtype: torch.dtype,
+        low_rank: Sequence[LowRank] = (),
     ) -> torch.Tensor:
         """See ``Kernel.gemm``."""
         rows, tensors = activation.data, prepared.tensors

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from masq.kernels import select
-from masq.kernels.base import Kernel, LinearSpec, PreparedWeight, RowAddend, RowSmoothing
+from masq.kernels.base import (
+    Kernel,
+    LinearSpec,
+    LowRank,
+    PreparedFactors,
+    PreparedWeight,
+    RowAddend,
+    RowSmoothing,
+)
 from masq.numerics.packing import PackedWeight, concatenate, split
 from masq.numerics.scheme import LinearFormat
 
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
     from masq.models.base import Modality
     from masq.modules.modality import ModalityContext
     from masq.modules.packed_linear import PackedLinear
+    from masq.numerics.scheme import TensorFormat
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +42,27 @@ class _Prepared:
         weight: of all members, one below the other.
         bias: float32 [sum of O], or None.
         left: L1 of all members side by side, [I, sum of R], by modality.
-        right: L2 of each member, None where it has none, by modality.
+        right: L2 of each member, None where it has none, by modality; or all of them in the layout of the kernel.
     """
 
     kernel: Kernel
     weight: PreparedWeight
     bias: torch.Tensor | None
     left: dict[Modality, torch.Tensor]
-    right: dict[Modality, list[torch.Tensor | None]]
+    right: dict[Modality, list[torch.Tensor | None] | PreparedFactors]
+
+    def plain_right(self, modality: Modality) -> list[torch.Tensor | None]:
+        """L2 of each member as it is stored."""
+        held = self.right[modality]
+        return self.kernel.restore_factors(held) if isinstance(held, PreparedFactors) else held
+
+    def fuse(self, sizes: Sequence[int], activation: TensorFormat | None, fused: bool) -> None:
+        """Hand L2 over to the kernel, as far as it multiplies it itself, or take it back."""
+        for modality, held in self.right.items():
+            if fused and not isinstance(held, PreparedFactors):
+                self.right[modality] = self.kernel.prepare_factors(held, sizes, activation) or held
+            elif not fused and isinstance(held, PreparedFactors):
+                self.right[modality] = self.kernel.restore_factors(held)
 
 
 class Stack:
@@ -79,8 +101,10 @@ class Stack:
         rows_ni = x.reshape(-1, first.in_features).contiguous()
         smoothing = self._smoothing(context)
         activation = held.kernel.quantize(rows_ni, first.activation, smoothing)
-        addend = self._addend(held, rows_ni, smoothing, context)
-        y_no = held.kernel.gemm(activation, held.weight, bias=held.bias, addend=addend, dtype=x.dtype)
+        low_rank, addend = self._corrections(held, rows_ni, smoothing, context)
+        y_no = held.kernel.gemm(
+            activation, held.weight, bias=held.bias, addend=addend, dtype=x.dtype, low_rank=low_rank
+        )
         return y_no.view(batch, tokens, -1)
 
     def _smoothing(self, context: ModalityContext) -> RowSmoothing | None:
@@ -93,20 +117,35 @@ class Stack:
         assert first.smoothing_rows is not None
         return RowSmoothing(first.inverse_smoothing, first.smoothing_rows[context.indices])
 
-    def _addend(
+    def _corrections(
         self, held: _Prepared, rows_ni: torch.Tensor, smoothing: RowSmoothing | None, context: ModalityContext
-    ) -> RowAddend | None:
-        """Low-rank corrections of the rows of their modality; none for text, and so none in decoding."""
+    ) -> tuple[list[LowRank], RowAddend | None]:
+        """Low-rank corrections of the rows of their modality; none for text, and so none in decoding.
+
+        Rows in bfloat16 leave the product with L2 to the kernel, if it offers that; others get it as an addend.
+        """
         if not held.left or context.text_only:
-            return None
+            return [], None
         rows = {modality: own for modality in held.left if (own := context.rows_of(modality)).numel()}
         if not rows:
-            return None
+            return [], None
+        dtype = rows_ni.dtype
+        held.fuse(self.sizes, self.members[0].activation, fused=dtype == torch.bfloat16)
+        u = {m: held.kernel.smooth(rows_ni, own, smoothing) @ held.left[m].to(dtype) for m, own in rows.items()}
+        fused = {m: factors for m in rows if isinstance(factors := held.right[m], PreparedFactors)}
+        low_rank = [LowRank(rows[m], u[m].contiguous(), factors) for m, factors in fused.items()]
+        others = {m: own for m, own in rows.items() if m not in fused}
+        return low_rank, self._addend(held, others, u) if others else None
+
+    def _addend(
+        self, held: _Prepared, rows: dict[Modality, torch.Tensor], u: dict[Modality, torch.Tensor]
+    ) -> RowAddend:
         count, start = sum(len(own) for own in rows.values()), 0
-        values = tuple(rows_ni.new_empty(count, size) for size in self.sizes)
+        like = next(iter(u.values()))
+        values = tuple(like.new_empty(count, size) for size in self.sizes)
         for modality, own in rows.items():
-            u_nr = held.kernel.smooth(rows_ni, own, smoothing) @ held.left[modality].to(rows_ni.dtype)
-            self._up(u_nr, held.right[modality], [part[start : start + len(own)] for part in values])
+            parts = [part[start : start + len(own)] for part in values]
+            self._up(u[modality], held.plain_right(modality), parts)
             start += len(own)
         return RowAddend(torch.cat(list(rows.values())) if len(rows) > 1 else next(iter(rows.values())), values)
 
@@ -166,7 +205,8 @@ class Stack:
         held = self.prepare()
         first = self.members[0]
         kept = [held.bias, first.inverse_smoothing, first.smoothing_rows, *held.left.values()]
-        kept += [right for rights in held.right.values() for right in rights]
+        for rights in held.right.values():
+            kept += rights.tensors.values() if isinstance(rights, PreparedFactors) else rights
         return held.weight.num_bytes + sum(one.numel() * one.element_size() for one in kept if one is not None)
 
     def _plain_of(self, index: int) -> tuple[PackedWeight, dict[Modality, tuple[torch.Tensor, torch.Tensor]]]:
@@ -174,16 +214,19 @@ class Stack:
         held = self._prepared
         weight = split(held.kernel.restore(held.weight), self.sizes)[index]
         factors = {}
-        for modality, rights in held.right.items():
+        for modality in held.right:
+            rights = held.plain_right(modality)
             right = rights[index]
             if right is not None:
                 before = sum(len(other) for other in rights[:index] if other is not None)
                 factors[modality] = held.left[modality][:, before : before + len(right)].clone(), right
         return weight, factors
 
-    def _take_factors(self) -> tuple[dict[Modality, torch.Tensor], dict[Modality, list[torch.Tensor | None]]]:
+    def _take_factors(
+        self,
+    ) -> tuple[dict[Modality, torch.Tensor], dict[Modality, list[torch.Tensor | None] | PreparedFactors]]:
         left: dict[Modality, torch.Tensor] = {}
-        right: dict[Modality, list[torch.Tensor | None]] = {}
+        right: dict[Modality, list[torch.Tensor | None] | PreparedFactors] = {}
         for modality in sorted({m for member in self.members for m in member.correction_modalities}):
             has = [modality in member.correction_modalities for member in self.members]
             factors = [member.factors(modality) if own else None for member, own in zip(self.members, has, strict=True)]

@@ -15,7 +15,8 @@ int64_t masq_code_bytes(int64_t, int64_t);
 void masq_quantize(const void*, int, const float*, const int64_t*, int64_t, int64_t, int, int8_t*, float*, int, int);
 void masq_smooth(const void*, int, const float*, const int64_t*, const int64_t*, int64_t, int64_t, void*, int);
 void masq_gemm(const int8_t*, const float*, const uint8_t*, const float*, const int32_t*, const float*, const int32_t*,
-               const void* const*, const int64_t*, int, int, void*, int, int64_t, int64_t, int64_t, int, int, int);
+               const void* const*, const int64_t*, int, int, void*, int, int64_t, int64_t, int64_t, int, int, int,
+               const void*, int);
 void masq_gemm_w4a16(const void*, int, const uint32_t*, const float*, const uint8_t*, int64_t, int64_t, const float*,
                      const int32_t*, const void* const*, const int64_t*, int, int, void*, int, int64_t, int64_t,
                      int64_t, int, int, int);
@@ -28,6 +29,34 @@ static float real() { return (float)(int32_t)next() / 2147483648.0f; }
 template <class T>
 static T* exactly(int64_t count) {  // its own heap block: a byte beyond it is an error
   return (T*)malloc(count > 0 ? count * sizeof(T) : 1);
+}
+
+struct LowRank {
+  const uint16_t* u;
+  const int64_t* rows;
+  int64_t count, width;
+  const uint16_t* tiles;
+  const int64_t* starts;
+  const int32_t *part_of, *columns, *firsts;
+  int64_t parts;
+};
+
+// Every other row corrected, with a rank that fills no slice.
+static void corrected(const int8_t* codes, const float* scale, const uint8_t* w, const float* w_scale, const int32_t* offset,
+                      int64_t m, int64_t n, int64_t k, int four, int threads) {
+  const int64_t rank = 35, slices = 2, panels = (n + 31) / 32, count = (m + 1) / 2;
+  uint16_t *u = exactly<uint16_t>(count * rank), *tiles = exactly<uint16_t>(panels * slices * 1024);
+  int64_t *rows = exactly<int64_t>(count), *starts = exactly<int64_t>(panels);
+  int32_t* part_of = exactly<int32_t>(panels);
+  for (int64_t i = 0; i < count * rank; ++i) u[i] = (uint16_t)(0x3f00 + (next() >> 25));
+  for (int64_t i = 0; i < panels * slices * 1024; ++i) tiles[i] = (uint16_t)(0x3f00 + (next() >> 25));
+  for (int64_t i = 0; i < count; ++i) rows[i] = 2 * i;
+  for (int64_t i = 0; i < panels; ++i) starts[i] = i * slices, part_of[i] = 0;
+  const int32_t columns[2] = {0, (int32_t)rank}, firsts[2] = {0, (int32_t)slices};
+  LowRank low{u, rows, count, rank, tiles, starts, part_of, columns, firsts, 1};
+  float* y = exactly<float>(m * n);
+  masq_gemm(codes, scale, w, w_scale, offset, nullptr, nullptr, nullptr, nullptr, 0, 0, y, 0, m, n, k, four, 3, threads, &low, 1);
+  free(u), free(tiles), free(rows), free(starts), free(part_of), free(y);
 }
 
 static int integers(int64_t m, int64_t n, int64_t k, int four, int dtype) {
@@ -71,8 +100,11 @@ static int integers(int64_t m, int64_t n, int64_t k, int four, int dtype) {
       float *scale = exactly<float>(m), *y = exactly<float>(m * n);
       uint16_t* half = exactly<uint16_t>(m * n);
       masq_quantize(x, dtype, inverse, which, m, k, 7, codes, scale, isa, threads);
-      masq_gemm(codes, scale, w, w_scale, offset, bias, places, parts, starts, 2, 1, y, 0, m, n, k, four, isa, threads);
-      masq_gemm(codes, scale, w, w_scale, offset, nullptr, nullptr, nullptr, nullptr, 0, 0, half, 2, m, n, k, four, isa, threads);
+      masq_gemm(codes, scale, w, w_scale, offset, bias, places, parts, starts, 2, 1, y, 0, m, n, k, four, isa, threads,
+                nullptr, 0);
+      masq_gemm(codes, scale, w, w_scale, offset, nullptr, nullptr, nullptr, nullptr, 0, 0, half, 2, m, n, k, four, isa,
+                threads, nullptr, 0);
+      if (isa == 3) corrected(codes, scale, w, w_scale, offset, m, n, k, four, threads);
       if (wanted && memcmp(wanted, y, m * n * sizeof(float))) bad = 1;
       if (!wanted) wanted = y;
       else free(y);

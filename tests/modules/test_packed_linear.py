@@ -126,6 +126,29 @@ def _counting(function, calls):
     return counted
 
 
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_corrections_of_a_half_precision_model(tokens, context):
+    """A kernel may multiply them itself; the stored factors stay what they were, float32 rows get them as before."""
+    halves = {"dtype": torch.bfloat16}
+    layers = [simulated(64, rows, "w4a8", context, seed=rows, **halves) for rows in (64, 32, 5)]
+    for layer in layers:
+        for name in ("left_vision", "right_vision", "left_audio", "right_audio"):
+            layer.register_buffer(name, getattr(layer, name).bfloat16())
+    packed = [PackedLinear.from_simulated(layer) for layer in layers]
+    before = [{name: tensor.clone() for name, tensor in layer.state_dict().items()} for layer in packed]
+    stack(packed)
+    context.set(IDS[:, -tokens:].contiguous() if tokens > 1 else torch.tensor([[1], [0]], dtype=torch.int8))
+    x = rand(2, tokens, 64, seed=9)
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float32, 1e-6)):
+        for found, wanted in zip(packed, layers, strict=True):
+            y, simulation = found(x.to(dtype)).float(), wanted(x.to(dtype)).float()
+            assert float((y - simulation).norm() / simulation.norm()) < bound
+        for layer, plain in zip(packed, before, strict=True):
+            state = layer.state_dict()
+            assert state.keys() == plain.keys()
+            assert all(torch.equal(state[name], plain[name]) for name in plain)
+
+
 def test_only_equal_layers_are_stacked(context):
     base = PackedLinear.from_simulated(simulated(24, 5, "w4a8", context), "reference")
     other = ModalityContext()

@@ -10,6 +10,8 @@
 //
 // Every path computes the same integers. What follows is float32, in a fixed order and without fused multiply-add.
 
+#include <stdlib.h>
+
 #include "common.h"
 
 #ifdef __linux__
@@ -18,6 +20,28 @@
 #endif
 
 namespace {
+
+// A low-rank term U L2 of some rows, in bfloat16; L2 lies in tiles by panel, a panel belongs to one part of the outputs.
+struct LowRank {
+  const uint16_t* u;       // [count, width]: the columns of every part, side by side
+  const int64_t* rows;     // [count]
+  int64_t count, width;
+  const uint16_t* tiles;   // [sum over panels of slices][2][16][16][2]: 32 ranks of 32 outputs
+  const int64_t* starts;   // by panel: its first slice in tiles
+  const int32_t* part_of;  // by panel
+  const int32_t* columns;  // by part: its first column of u, and the width after the last
+  const int32_t* firsts;   // by part: its first slice of a row's tiles, and their number after the last
+  int64_t parts;
+};
+
+constexpr int kMaxLowRank = 4;
+constexpr int64_t kSlice = 32;
+
+// U in tiles [row tile][slice][16][32], and which row tiles have any of its rows.
+struct LowRankRows {
+  uint8_t* tiles = nullptr;
+  uint8_t* present = nullptr;
+};
 
 struct Product {
   const int8_t* a;
@@ -32,6 +56,9 @@ struct Product {
   int64_t m, n, k;
   int four_bits;
   int isa;
+  const LowRank* low;
+  LowRankRows low_rows[kMaxLowRank];
+  int lows;
 
   int64_t blocks() const { return (k + kBlock - 1) / kBlock; }
   int64_t panel_bytes() const { return blocks() * kTileBytes * (four_bits ? 1 : 2); }
@@ -381,6 +408,55 @@ AMX_TARGET void panel_amx(const Product& p, const uint8_t* panel, int64_t first,
   }
 }
 
+// ---- low-rank terms of one panel: float sums [rows][32], of the row tiles that have any ----
+
+void spread_rows(const LowRank& low, int64_t m, LowRankRows& to) {
+  const int64_t row_tiles = (m + kTileRows - 1) / kTileRows, slices = low.firsts[low.parts];
+  to.tiles = (uint8_t*)calloc((size_t)(row_tiles * slices * kTileBytes), 1);
+  to.present = (uint8_t*)calloc((size_t)row_tiles, 1);
+  if (!to.tiles || !to.present) __builtin_trap();
+  for (int64_t i = 0; i < low.count; ++i) {
+    const int64_t row = low.rows[i], tile = row / kTileRows;
+    to.present[tile] = 1;
+    for (int64_t part = 0; part < low.parts; ++part)
+      for (int64_t s = low.firsts[part]; s < low.firsts[part + 1]; ++s) {
+        int64_t column = low.columns[part] + (s - low.firsts[part]) * kSlice, width = low.columns[part + 1] - column;
+        memcpy(to.tiles + (tile * slices + s) * kTileBytes + (row % kTileRows) * kBlock, low.u + i * low.width + column,
+               2 * (width < kSlice ? width : kSlice));
+      }
+  }
+}
+
+AMX_TARGET void panel_low_rank(const Product& p, int64_t panel, int64_t first, int64_t rows, float* sums, uint8_t* any) {
+  for (int64_t t = 0; t < (rows + kTileRows - 1) / kTileRows; ++t) {
+    const int64_t tile = first / kTileRows + t;
+    any[t] = 0;
+    for (int l = 0; l < p.lows; ++l) {
+      const LowRank& low = p.low[l];
+      if (!p.low_rows[l].present[tile]) continue;
+      if (!any[t]) {
+        _tile_zero(0);
+        _tile_zero(1);
+      }
+      any[t] = 1;
+      const int64_t part = low.part_of[panel], begin = low.firsts[part], count = low.firsts[part + 1] - begin;
+      const uint8_t* u = p.low_rows[l].tiles + (tile * low.firsts[low.parts] + begin) * kTileBytes;
+      const uint8_t* w = (const uint8_t*)low.tiles + low.starts[panel] * 2 * kTileBytes;
+      for (int64_t s = 0; s < count; ++s) {
+        _tile_loadd(4, u + s * kTileBytes, kBlock);
+        _tile_loadd(6, w + 2 * s * kTileBytes, kBlock);
+        _tile_loadd(7, w + (2 * s + 1) * kTileBytes, kBlock);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+    }
+    if (any[t]) {
+      _tile_stored(0, sums + t * kTileRows * kPanel, kPanel * 4);
+      _tile_stored(1, sums + t * kTileRows * kPanel + 16, kPanel * 4);
+    }
+  }
+}
+
 // ---- scaling, adding, rounding ----
 
 void finish_scalar(const Product& p, int64_t column, int64_t first, int64_t rows, const int32_t* sums) {
@@ -398,7 +474,8 @@ void finish_scalar(const Product& p, int64_t column, int64_t first, int64_t rows
   }
 }
 
-AVX512_TARGET void finish_avx512(const Product& p, int64_t column, int64_t first, int64_t rows, const int32_t* sums) {
+AVX512_TARGET void finish_avx512(const Product& p, int64_t column, int64_t first, int64_t rows, const int32_t* sums,
+                                 const float* low, const uint8_t* any) {
   for (int64_t j = 0; j < kPanel && column + j < p.n; j += 16) {
     int64_t width = p.n - column - j;
     __mmask16 mask = width >= 16 ? 0xffff : (__mmask16)((1u << width) - 1);
@@ -410,6 +487,7 @@ AVX512_TARGET void finish_avx512(const Product& p, int64_t column, int64_t first
       if (p.four_bits) sum = _mm512_srai_epi32(sum, 4);
       __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(p.a_scale[m]));
       value = _mm512_mul_ps(value, scale);
+      if (any && any[row / kTileRows]) value = _mm512_add_ps(value, _mm512_loadu_ps(low + row * kPanel + j));
       if (p.addend.places && p.addend.places[m] >= 0)
         value = _mm512_add_ps(value, added16(p.addend, p.addend.places[m], column + j, mask));
       if (p.bias) value = _mm512_add_ps(value, bias);
@@ -418,9 +496,10 @@ AVX512_TARGET void finish_avx512(const Product& p, int64_t column, int64_t first
   }
 }
 
-void multiply(const Product& p, int threads) {
+void multiply(Product& p, int threads) {
   const int64_t panels = (p.n + kPanel - 1) / kPanel;
-  const bool tiles = p.isa == kAmx && p.m > kFewRows;
+  const bool tiles = p.isa == kAmx && (p.m > kFewRows || p.lows);
+  for (int l = 0; l < p.lows; ++l) spread_rows(p.low[l], p.m, p.low_rows[l]);
   int64_t together = kRowBytes / (p.blocks() * kBlock) / 32 * 32;  // Rows whose codes stay in the second cache.
   together = together < 64 ? 64 : (together > kMaxRows ? kMaxRows : together);
   if (p.m * p.k * p.n < kParallelWork * 16) threads = 1;
@@ -428,6 +507,8 @@ void multiply(const Product& p, int threads) {
   {
     alignas(64) uint8_t unpacked[kChunkBlocks * 2 * kTileBytes];
     alignas(64) int32_t sums[kMaxRows * kPanel];
+    alignas(64) float low[kMaxRows * kPanel];
+    uint8_t any[kMaxRows / kTileRows] = {};
     if (tiles) open_tiles();
     for (int64_t first = 0; first < p.m; first += together) {
       int64_t rows = p.m - first < together ? p.m - first : together;
@@ -439,11 +520,16 @@ void multiply(const Product& p, int threads) {
         else if (p.isa >= kVnni) panel_vnni<0>(p, panel, first, rows, sums);
         else if (p.isa == kAvx2) panel_avx2(p, panel, first, rows, sums);
         else panel_scalar(p, panel, first, rows, sums);
-        if (p.isa >= kVnni) finish_avx512(p, index * kPanel, first, rows, sums);
+        if (p.lows) panel_low_rank(p, index, first, rows, low, any);
+        if (p.isa >= kVnni) finish_avx512(p, index * kPanel, first, rows, sums, low, p.lows ? any : nullptr);
         else finish_scalar(p, index * kPanel, first, rows, sums);
       }
     }
     if (tiles) close_tiles();
+  }
+  for (int l = 0; l < p.lows; ++l) {
+    free(p.low_rows[l].tiles);
+    free(p.low_rows[l].present);
   }
 }
 
@@ -485,8 +571,10 @@ void masq_smooth(const void* x, int dtype, const float* inverse, const int64_t* 
 
 void masq_gemm(const int8_t* codes, const float* a_scale, const uint8_t* w, const float* w_scale, const int32_t* offset,
                const float* bias, const int32_t* places, const void* const* addends, const int64_t* starts, int parts,
-               int addend_dtype, void* out, int out_dtype, int64_t m, int64_t n, int64_t k, int four_bits, int isa, int threads) {
+               int addend_dtype, void* out, int out_dtype, int64_t m, int64_t n, int64_t k, int four_bits, int isa, int threads,
+               const void* low, int lows) {
   Addend addend{places, addends, starts, parts, addend_dtype};
-  multiply(Product{codes, a_scale, w, w_scale, offset, bias, addend, out, out_dtype, m, n, k, four_bits, isa}, threads);
+  Product p{codes, a_scale, w, w_scale, offset, bias, addend, out, out_dtype, m, n, k, four_bits, isa, (const LowRank*)low, {}, lows};
+  multiply(p, threads);
 }
 }
