@@ -1,4 +1,4 @@
-"""The command line: ``masq run|table|compare|plan|audit|doctor``.
+"""The command line: ``masq run|table|compare|export|plan|audit|doctor``.
 
 Everything heavy is imported when it is needed, so that help and configuration errors answer at once.
 """
@@ -65,6 +65,7 @@ def _parse(arguments: list[str]) -> tuple[Callable[[argparse.Namespace], int], a
             _compare,
             "what differs between runs on the same samples, and whether it is chance",
         ),
+        "export": (_export_parser, _export, "a finished run as a checkpoint that transformers loads"),
         "plan": (_plan_parser, _plan, "what a run would do and need, before anything is loaded"),
         "audit": (_plan_parser, _audit, "every hyper-parameter of a method, with its source"),
         "doctor": (_doctor_parser, _doctor, "versions, device, and what is available"),
@@ -121,6 +122,20 @@ def _compare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="write here instead of to the terminal")
 
 
+def _export_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run", metavar="RUN_FOLDER", help="<output.root>/<model>-<modality>-<scheme>-<method>-<identity>"
+    )
+    parser.add_argument("folder", metavar="OUT_FOLDER", help="to be made; what is there is never overwritten")
+    parser.add_argument(
+        "--format",
+        choices=("masq", "compressed-tensors"),
+        default="masq",
+        help="masq: every method, loaded by transformers after `import masq`. compressed-tensors: W8A8 and W4A16 for "
+        "other engines, without run-time smoothing, corrections or rotations",
+    )
+
+
 def _doctor_parser(_parser: argparse.ArgumentParser) -> None:
     pass
 
@@ -173,6 +188,28 @@ def _compare(options: argparse.Namespace) -> int:
     from masq.report.record import read_record
 
     return _show(compare([read_record(path) for path in paths], options.format), options.output)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from masq.export import checkpoint, compressed_tensors
+    from masq.report.record import read_record
+    from masq.run import load_finished
+
+    run, folder = Path(options.run), Path(options.folder)
+    checkpoint.require_new(folder)
+    record = read_record(run / "record.json")
+    config = load(run / "config.yaml", [])
+    made_by = {
+        "run": record.identity,
+        "model": config.model.name,
+        "method": config.method.name,
+        "scheme": config.scheme.name,
+        "commit": record.provenance.get("commit"),
+    }
+    save = {"masq": checkpoint.save, "compressed-tensors": compressed_tensors.save}[options.format]
+    save(load_finished(run), folder, made_by)
+    print(f"Checkpoint: {folder}")
+    return 0
 
 
 def _show(text: str, output: str | None) -> int:

@@ -67,8 +67,10 @@ def finish(model: Any, description: Description) -> None:
     """Make a filled model ready to run: tensors aligned, linears that read the same input stacked."""
     _align(model)
     groups: dict[int, list[PackedLinear]] = {}
-    for name, entry in description.linears.items():
-        groups.setdefault(entry.group, []).append(model.get_submodule(name))
+    # In the order of the model, as when it was packed in memory: that of a JSON file means nothing.
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            groups.setdefault(description.linears[name].group, []).append(module)
     for layers in groups.values():
         stack(layers)
     model.requires_grad_(False)

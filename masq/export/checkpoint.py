@@ -180,6 +180,20 @@ def set_kernel(model: torch.nn.Module, kernel: str) -> None:
         module.kernel = kernel
 
 
+def require_new(folder: Path) -> None:
+    """Refuse a folder that holds anything.
+
+    Raises:
+        OutputError: it does.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(
+            "an export never overwrites what is there",
+            value=f"{folder} exists and is not an empty folder",
+            remedy="name another folder, or delete this one first",
+        )
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside ``folder`` that takes its name when the block ends well, and is gone otherwise.
@@ -187,13 +201,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         OutputError: ``folder`` holds files already, or cannot be written.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(
-            "an export never overwrites what is there",
-            value=f"{folder} exists and is not an empty folder",
-            remedy="name another folder, or delete this one first",
-        )
+    require_new(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))

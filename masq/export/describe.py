@@ -104,7 +104,7 @@ def listing(state: Mapping[str, torch.Tensor]) -> dict[str, list[Any]]:
 def tensor_digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's bytes as safetensors stores them: row by row, little-endian."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(memoryview(flat.view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 def _packed(module: QuantLinear) -> PackedLinear:

@@ -8,6 +8,7 @@ is replaced: both registrations are its public decorators.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from importlib.abc import Loader, MetaPathFinder
@@ -31,9 +32,8 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    from masq.export.transformers_quantizer import register
-
-    register()
+    # The module registers itself when it is imported; if it is what brought transformers in, it is being imported now.
+    importlib.import_module("masq.export.transformers_quantizer")
 
 
 class _Finder(MetaPathFinder):

@@ -1,7 +1,7 @@
 """How transformers loads and saves masq's packed checkpoints: a quantization config and a quantizer.
 
 ``from_pretrained`` builds the model on the meta device and hands it to ``MasqHfQuantizer``, which checks the folder and
-puts empty packed linears in; it fills their tensors from the memory-mapped files, and hands the model back to be finished.
+puts empty packed linears in; it fills their tensors from the memory-mapped files, and hands the model back.
 """
 
 from __future__ import annotations
@@ -124,10 +124,5 @@ class MasqHfQuantizer(HfQuantizer):
         return False
 
 
-def register() -> None:
-    """Add method and configuration to the tables of transformers; a second call does nothing."""
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(METHOD)(MasqConfig)
-        register_quantizer(METHOD)(MasqHfQuantizer)
+register_quantization_config(METHOD)(MasqConfig)
+register_quantizer(METHOD)(MasqHfQuantizer)

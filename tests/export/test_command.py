@@ -1,0 +1,52 @@
+"""``masq export``: from a finished run to a folder that transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText
+
+from masq.cli import main
+from masq.export import checkpoint
+from masq.models.zoo import nano
+from masq.run import load_finished, run
+from tests.test_run import config, splits  # noqa: F401
+
+
+def finished(splits: dict[str, Path], root: Path, method: str, **changes: object) -> tuple[Path, str]:  # noqa: F811
+    record = run(config(splits, root, method, **changes))
+    return next(root.glob(f"*-{record.identity[:10]}")), record.identity
+
+
+def test_a_run_becomes_a_checkpoint(splits, tmp_path, capsys):  # noqa: F811
+    folder, identity = finished(splits, tmp_path, "masquant")
+    out = tmp_path / "out"
+    assert main(["export", str(folder), str(out)]) == 0
+    assert "out" in capsys.readouterr().out
+    made_by = checkpoint.check(out).made_by
+    assert made_by | {"run": identity, "method": "masquant", "scheme": "w4a6", "model": "nano_omni"} == made_by
+    adapter = load_finished(folder)
+    batch = adapter.encode(nano.random_samples(("vision", "audio"), 2), with_answer=False)
+    loaded = AutoModelForImageTextToText.from_pretrained(out)
+    with torch.no_grad():
+        found, wanted = loaded(**batch.inputs).logits, adapter.model(**batch.inputs).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert main(["export", str(folder), str(out)]) == 2
+    assert "never overwrites" in capsys.readouterr().err
+
+
+def test_what_cannot_be_exported_says_why(splits, tmp_path, capsys):  # noqa: F811
+    assert main(["export", str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 2
+    folder, _ = finished(splits, tmp_path, "mas")
+    assert main(["export", str(folder), str(tmp_path / "out")]) == 2
+    assert "one stored weight for all modalities" in capsys.readouterr().err
+    assert main(["export", str(folder), str(tmp_path / "out"), "--format", "compressed-tensors"]) == 2
+    assert "a weight per modality" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_w8a8_for_other_engines(splits, tmp_path):  # noqa: F811
+    folder, _ = finished(splits, tmp_path, "smoothquant", scheme="w8a8")
+    assert main(["export", str(folder), str(tmp_path / "out"), "--format", "compressed-tensors"]) == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
