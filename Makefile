@@ -67,7 +67,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 	@echo "ready: $(BIN)/masq"
 
-demo: $(STAMP)  ## six methods on the embedded tri-modal model at w4a6, then the table (17 minutes on two cores)
+demo: $(STAMP)  ## six methods on the embedded tri-modal model at w4a6, then the table (8 minutes on two cores with AMX)
 	@$(BIN)/masq run -m preset=demo scheme=$(DEMO_SCHEME) method=$(subst $(space),$(comma),$(DEMO_METHODS)) \
 		output.root=$(DEMO_ROOT)
 	@echo "Records: $(DEMO_ROOT)/*/record.json; the same table in other formats: $(BIN)/masq table --help"
