@@ -209,15 +209,26 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise _cannot_write(folder, error) from error
     try:
         yield temporary
-        # mkdtemp makes a private folder; a checkpoint is meant to be shared under the user's usual mask.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o777 & ~mask)
+        _settle(temporary)
         temporary.replace(folder)
     except OSError as error:
         raise _cannot_write(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _settle(folder: Path) -> None:
+    """Have the content of a folder reach the disk, and give it the user's usual permissions.
+
+    Temporary folders and safetensors' files are private; a checkpoint is meant to be shared.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    folder.chmod(0o777 & ~mask)
 
 
 def model_config(adapter: ModelAdapter) -> Any:

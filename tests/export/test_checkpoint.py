@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,17 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from masq.errors import ModelError, OutputError
 from masq.export import checkpoint
 from masq.export.files import read_config, read_headers
+from masq.export.registration import register_with_transformers
 from masq.models.base import EncodedBatch
+from masq.models.config import ModelConfig
+from masq.models.loading import load as load_model
+from masq.models.qwen2_5_omni import Qwen25OmniAdapter
+from masq.models.zoo import nano
 from masq.modules.modality import install
 from masq.modules.packed_linear import PackedLinear, pack_blocks
 from masq.modules.quant_linear import QuantLinear
@@ -86,7 +93,7 @@ def test_the_simulation_answers_alike(cell, name):
     )
 
 
-@pytest.mark.parametrize("name", list(CELLS))
+@pytest.mark.parametrize("name", ["run_time", "masquant", "quarot", "w4a16", "mixed"])
 def test_saved_again_it_is_the_same(cell, name, tmp_path):
     """transformers' own save_pretrained, after a kernel took the weights over, in one file and in several."""
     made = cell(name)
@@ -281,6 +288,38 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(cell, tmp_path, monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "there"]
 
 
+def test_files_have_the_permissions_of_the_user(cell, tmp_path):
+    mask = os.umask(0o027)
+    try:
+        checkpoint.save(cell("rtn").adapter, tmp_path / "out", {})
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("name", nano.NAMES)
+def test_a_model_of_published_files_is_stored_under_its_names_in_memory(tmp_path, name, monkeypatch):
+    """transformers renames the tensors of such a model when it saves it; a packed checkpoint has one set of names."""
+    nano.save_published(name, tmp_path / "published", 40_000)
+    family = {"nano_omni": "qwen2_5_omni", "nano_vl": "qwen2_5_vl"}[name]
+    modalities = ("text", "vision", "audio") if name == "nano_omni" else ("text", "vision")
+    config = ModelConfig(name, family, str(tmp_path / "published"), modalities, dtype="float32")
+
+    def build(_name):
+        adapter = load_model(config)
+        return adapter.model, adapter.processor
+
+    monkeypatch.setattr(nano, "build", build)
+    made = make_cell("masquant", tmp_path, name)
+    assert "model.language_model.layers.0.mlp.up_proj.codes" in read_headers(made.folder)[0]
+    loaded = checkpoint.load(made.folder, kernel="reference")
+    wanted = logits(packed_twin(made.adapter, "reference").model, made.prompts)
+    assert torch.equal(logits(loaded, made.prompts), wanted)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(checkpoint.load(tmp_path / "again", kernel="reference"), made.prompts), wanted)
+
+
 def test_the_exported_model_is_left_alone(cell, tmp_path):
     adapter = cell("masquant").adapter
     before = {name: value.clone() for name, value in adapter.model.state_dict().items()}
@@ -301,18 +340,10 @@ def test_a_weight_per_modality_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "exported").exists()
 
 
-def test_a_float_model_is_refused(make_float, tmp_path):
+def test_a_float_model_is_refused(tmp_path):
     with pytest.raises(ModelError, match="every linear is in float"):
-        checkpoint.save(make_float(), tmp_path / "out", {})
+        checkpoint.save(Qwen25OmniAdapter(*nano.build("nano_omni")), tmp_path / "out", {})
     assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture
-def make_float():
-    from masq.models.qwen2_5_omni import Qwen25OmniAdapter
-    from masq.models.zoo import nano
-
-    return lambda: Qwen25OmniAdapter(*nano.build("nano_omni"))
 
 
 def test_calls_that_hide_their_tokens_are_refused(cell):
@@ -327,20 +358,13 @@ def test_calls_that_hide_their_tokens_are_refused(cell):
         loaded(**inputs)
 
 
-ORDERS = {
-    "masq first": "import masq\nassert 'torch' not in sys.modules\nassert 'transformers' not in sys.modules",
-    "transformers first": "from transformers import AutoModelForImageTextToText\nimport masq",
-    "quantizer first": "import masq.export.transformers_quantizer",
-}
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_fresh_process_loads_it_with_one_line(cell, order):
-    """Whatever was imported first; and no trace of the registration is left on the import path."""
+def test_a_fresh_process_loads_it_with_one_line(cell):
+    """Light as it is, ``import masq`` is enough; and no trace of the registration is left on the import path."""
     made = cell("masquant")
     script = f"""
 import sys
-{ORDERS[order]}
+import masq
+assert not {{"torch", "transformers"}} & set(sys.modules)
 from transformers import AutoModelForImageTextToText
 model = AutoModelForImageTextToText.from_pretrained({str(made.folder)!r})
 assert not [one for one in sys.meta_path if "masq" in type(one).__module__]
@@ -348,6 +372,17 @@ print(type(model).__name__, model.quantization_method)
 """
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert answer.stdout.split() == ["Qwen2_5OmniThinkerForConditionalGeneration", "masq"], answer.stderr
+
+
+def test_registered_at_once_where_transformers_came_first(monkeypatch):
+    for table in (AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING):
+        monkeypatch.delitem(table, "masq")
+    monkeypatch.delitem(sys.modules, "masq.export.transformers_quantizer")
+    finders = list(sys.meta_path)
+    register_with_transformers()
+    assert AUTO_QUANTIZER_MAPPING["masq"].__name__ == "MasqHfQuantizer"
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["masq"].__name__ == "MasqConfig"
+    assert sys.meta_path == finders
 
 
 def test_printing_the_model_says_what_it_is(cell):

@@ -15,7 +15,8 @@ from tests.test_run import config, splits  # noqa: F401
 
 
 def finished(splits: dict[str, Path], root: Path, method: str, **changes: object) -> tuple[Path, str]:  # noqa: F811
-    record = run(config(splits, root, method, **changes))
+    evaluation = {"score": False, "samples_per_task": 1, "source": str(splits["evaluation"])}
+    record = run(config(splits, root, method, evaluation=evaluation, **changes))
     return next(root.glob(f"*-{record.identity[:10]}")), record.identity
 
 

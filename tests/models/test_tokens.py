@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from masq.errors import ModelError
-from masq.models.tokens import real_tokens
+from masq.models.sample import Modality
+from masq.models.tokens import TokenModalities, real_tokens
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -65,3 +66,15 @@ def test_one_4d_mask_may_serve_the_whole_batch():
 def test_a_mask_that_does_not_cover_the_tokens_is_refused(shape):
     with pytest.raises(ModelError, match=r"cover the tokens .*for 3 tokens"):
         real_tokens(torch.ones(shape), 2, 3, None)
+
+
+def test_modalities_are_looked_up_by_id():
+    """Ids beyond the table, and negative ones that some models put in place of a picture, are text."""
+    tokens = TokenModalities({7: Modality.VISION, 5: Modality.AUDIO})
+    ids = torch.tensor([[5, 6, 7, 8], [10**6, -1, 7, 0]])
+    assert tokens.of({"input_ids": ids}).tolist() == [[2, 0, 1, 0], [0, 0, 1, 0]]
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    assert tokens.of({"input_ids": ids, "attention_mask": mask}).tolist() == [[-1, 0, 1, 0], [0, 0, 1, 0]]
+    assert TokenModalities({}).of({"input_ids": ids}).tolist() == [[0] * 4] * 2
+    with pytest.raises(ModelError, match="input_ids"):
+        tokens.of({"inputs_embeds": ids})
