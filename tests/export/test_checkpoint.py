@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
+import masq.export
 from masq.errors import ModelError, OutputError
 from masq.export import checkpoint
 from masq.export.files import read_config, read_headers
@@ -378,6 +379,8 @@ def test_registered_at_once_where_transformers_came_first(monkeypatch):
     for table in (AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING):
         monkeypatch.delitem(table, "masq")
     monkeypatch.delitem(sys.modules, "masq.export.transformers_quantizer")
+    # Importing it once more sets it as an attribute of the package, too: both are put back.
+    monkeypatch.setattr(masq.export, "transformers_quantizer", None, raising=False)
     finders = list(sys.meta_path)
     register_with_transformers()
     assert AUTO_QUANTIZER_MAPPING["masq"].__name__ == "MasqHfQuantizer"
