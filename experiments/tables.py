@@ -22,8 +22,9 @@ import yaml
 from tabulate import tabulate
 
 from masq.compose import compose_cells
-from masq.config import RunConfig, decode, folder_name, to_dict
+from masq.config import RunConfig, decode, to_dict
 from masq.errors import ConfigError, DataError, unknown_name
+from masq.identity import folder_name
 from masq.plan import plan
 from masq.report.record import RunRecord, read_record
 from masq.report.table import available_columns, table

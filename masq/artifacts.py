@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from masq.config import RunConfig, active_modalities, to_hashed_dict
+from masq.config import RunConfig, active_modalities
 from masq.files import canonical_hash
+from masq.identity import to_hashed_dict
 from masq.report.sessions import add_session, differences, sessions
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from masq import __version__
-from masq.config import RunConfig, load, run_folder
+from masq.config import RunConfig, load
 from masq.errors import ConfigError, MasqError, suggestion
 from masq.files import atomic_write_bytes, find_files, require_writable_folder
+from masq.identity import run_folder
 from masq.sweep import Outcome, read_outcome, show_progress
 
 _OVERRIDE_HELP = """\

@@ -6,7 +6,6 @@ beside the code it configures, and its defaults live there and nowhere else.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,6 @@ from masq.compensation.config import Compensation, NoCompensation
 from masq.decoding import decode_dataclass, to_plain
 from masq.errors import ConfigError, unknown_name
 from masq.evaluation.config import EvaluationConfig
-from masq.files import canonical_hash
 from masq.kernels import AUTO, KERNELS
 from masq.models.config import Architecture, ModelConfig
 from masq.numerics.scheme import Scheme
@@ -198,28 +196,6 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return to_plain(config)
 
 
-def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
-    """``to_dict`` for hashes: without what changes no result, and without later options where they say "not there"."""
-    plain = to_dict(config)
-    for group, key, not_there in (
-        (plain["method"]["rounding"], "clip", None),
-        (plain["scheme"], "overrides", []),
-        (plain["evaluation"], "score", True),
-        (plain["evaluation"], "benchmarks", None),
-        (plain["evaluation"], "batch_seconds", None),
-        (plain["evaluation"], "allow_overlap", False),
-        (plain["calibration"], "samples", None),
-        (plain["calibration"], "mix", None),
-        (plain["calibration"], "chain", "quantized"),
-    ):
-        if group.get(key) == not_there:
-            group.pop(key, None)
-    if plain["execution"] == "simulated" or config.method.is_float:
-        del plain["execution"], plain["kernel"]
-    del plain["calibration"]["cache"], plain["evaluation"]["keep_float"], plain["evaluation"]["records"]
-    return plain
-
-
 def active_modalities(config: RunConfig) -> tuple[str, ...]:
     """Modalities that are calibrated, learned and scored, text first.
 
@@ -239,41 +215,6 @@ def active_modalities(config: RunConfig) -> tuple[str, ...]:
             remedy="use modality=dual, or another model" if len(available) > 1 else "use another model",
         )
     return wanted
-
-
-def identity(config: RunConfig, hashes: Mapping[str, Any]) -> str:
-    """SHA-256 of what the results depend on: the configuration, the data and the weights.
-
-    Left out: where data and weights lie and results go, the thread count, names of presets, descriptions, and the
-    sizes that only ``masq plan`` reads.
-
-    Args:
-        config: the configuration.
-        hashes: content hash of every data set used, and of the float model.
-    """
-    plain = to_hashed_dict(config)
-    for key in ("output", "threads", "preset"):
-        del plain[key]
-    del plain["evaluation"]["name"], plain["method"]["description"], plain["model"]["architecture"]
-    for group in ("model", "calibration", "evaluation"):
-        del plain[group]["source"]
-    if config.method.is_float:
-        # Nothing is calibrated, learned or rounded: one float run serves every scheme of a sweep.
-        for key in ("scheme", "calibration", "seed"):
-            del plain[key]
-    return canonical_hash({"config": plain, "data": dict(hashes)})
-
-
-def folder_name(config: RunConfig, key: str) -> str:
-    """Name of the run's folder: what a human looks for, then enough of the identity ``key`` to be unique."""
-    scheme = "float" if config.method.is_float else config.scheme.name
-    names = (config.model.name, config.modality.name, scheme, config.method.name)
-    return "-".join([*(re.sub(r"[^\w.+=-]+", "_", name) for name in names), key[:10]])
-
-
-def run_folder(config: RunConfig, key: str) -> Path:
-    """Folder of the run with identity ``key``."""
-    return Path(config.output.root) / folder_name(config, key)
 
 
 def notes(config: RunConfig) -> list[str]:

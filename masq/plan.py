@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from masq.config import RunConfig, active_modalities, check_sizes, folder_name, notes
+from masq.config import RunConfig, active_modalities, check_sizes, notes
+from masq.identity import folder_name
 from masq.models.architecture import architecture, count_parameters, input_sizes, linear_shapes
 from masq.models.config import Architecture
 from masq.models.zoo import embedded_name

@@ -10,18 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from masq.artifacts import Artifacts
-from masq.config import (
-    RunConfig,
-    active_modalities,
-    check_sizes,
-    decode,
-    identity,
-    notes,
-    run_folder,
-    to_dict,
-)
+from masq.config import RunConfig, active_modalities, check_sizes, decode, notes, to_dict
 from masq.errors import DataError
 from masq.files import atomic_write_bytes, require_writable_folder
+from masq.identity import identity, run_folder
 from masq.inputs import load_data
 from masq.report.memory import peak_memory, reset_peak_memory
 from masq.report.provenance import provenance

@@ -6,10 +6,11 @@ import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from masq.config import RunConfig, folder_name, run_folder
+from masq.config import RunConfig
 from masq.decoding import decode_dataclass
 from masq.errors import MasqError
 from masq.files import atomic_write_json, read_json
+from masq.identity import folder_name, run_folder
 
 _LOG = logging.getLogger(__name__)
 

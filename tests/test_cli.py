@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from masq import cli, compose
-from masq.config import RunConfig, decode, identity, run_folder, to_dict
+from masq.config import RunConfig, decode, to_dict
 from masq.errors import NumericalError
+from masq.identity import identity, run_folder
 from masq.report.record import RunRecord, write_record
 
 ROOT = Path(__file__).parents[1]

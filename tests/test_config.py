@@ -10,20 +10,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from masq.config import (
-    RunConfig,
-    active_modalities,
-    decode,
-    folder_name,
-    identity,
-    load,
-    notes,
-    run_folder,
-    to_dict,
-    to_hashed_dict,
-)
+from masq.config import RunConfig, active_modalities, decode, load, notes, to_dict
 from masq.errors import ConfigError
 from masq.files import atomic_write_bytes
+from masq.identity import folder_name, identity, run_folder, to_hashed_dict
 from masq.numerics.scheme import Scheme, TensorFormat
 
 CONF = Path(__file__).parents[1] / "conf"
