@@ -63,6 +63,27 @@ def assemble(model: Any, description: Description) -> None:
             model.set_submodule(name, _empty(entry, context))
 
 
+def check_complete(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that a checkpoint fills a model exactly: transformers would make up what is missing.
+
+    Args:
+        model: assembled, on the meta device.
+        shapes: of the stored tensors, by name.
+
+    Raises:
+        ModelError: a tensor is missing, unknown, or of another shape.
+    """
+    tied = getattr(model, "all_tied_weights_keys", {})
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+    wrong = sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
+    if wrong:
+        raise ModelError(
+            "the stored tensors must be those of the model",
+            value=f"{wrong[0]}: {shapes.get(wrong[0], 'none')} stored, {wanted.get(wrong[0], 'none')} in the model",
+            remedy="the checkpoint is damaged: copy it again, or export the run again",
+        )
+
+
 def finish(model: Any, description: Description) -> None:
     """Make a filled model ready to run: tensors aligned, linears that read the same input stacked."""
     _align(model)

@@ -86,7 +86,7 @@ def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
-            state |= {f"{name}.{key}": value for key, value in _packed(module).state_dict().items()}
+            state |= {f"{name}.{key}": value for key, value in PackedLinear.from_simulated(module).state_dict().items()}
         elif isinstance(module, RotatedInput):
             state[f"{name}.signs"] = module.signs.float()
     for tied in getattr(model, "all_tied_weights_keys", {}):
@@ -107,27 +107,21 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
-def _packed(module: QuantLinear) -> PackedLinear:
-    try:
-        return PackedLinear.from_simulated(module)
-    except ModelError as error:
+def _entry(module: QuantLinear | PackedLinear, group: int) -> LinearEntry:
+    if isinstance(module, QuantLinear) and len(module.weight_modalities) > 1:
         raise ModelError(
             "a checkpoint has one stored weight for all modalities",
-            value=error.value,
+            value=f"{len(module.weight_modalities)} weights",
             remedy="export a method without rounding.per_modality (masquant stores one weight and corrects the others)",
-        ) from error
-
-
-def _entry(module: QuantLinear | PackedLinear, group: int) -> LinearEntry:
-    packed = _packed(module) if isinstance(module, QuantLinear) else module
-    state = packed.state_dict()
+        )
+    state = module.state_dict()
     ranks = {side: state[f"left_{side}"].shape[1] for side in SIDES if f"left_{side}" in state}
     factor_dtypes = {_name(state[f"{end}_{side}"].dtype) for side in ranks for end in ("left", "right")}
     bias, smoothing = state.get("bias"), state.get("inverse_smoothing")
     return LinearEntry(
-        in_features=packed.in_features,
-        out_features=packed.out_features,
-        format=LinearFormat(packed.weight_format, packed.activation),
+        in_features=module.in_features,
+        out_features=module.out_features,
+        format=LinearFormat(module.weight_format, module.activation),
         bias=None if bias is None else _name(bias.dtype),
         smoothing=0 if smoothing is None else len(smoothing),
         ranks=ranks,

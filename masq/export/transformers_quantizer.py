@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from masq.errors import ModelError
 from masq.export import checkpoint, files
-from masq.export.assemble import assemble, finish
+from masq.export.assemble import assemble, check_complete, finish
 from masq.export.describe import describe, listing, plain_state
 from masq.export.description import METHOD, Description
 from masq.models.sample import Modality
@@ -80,7 +80,8 @@ class MasqHfQuantizer(HfQuantizer):
                 value="no weight files",
                 remedy="call from_pretrained(folder) without state_dict",
             )
-        description = checkpoint.check_once(Path(paths[0]).parent)
+        folder = Path(paths[0]).parent
+        description = checkpoint.check_once(folder)
         if description != self.quantization_config.description:
             raise ModelError(
                 "config and weights must be of one checkpoint",
@@ -88,6 +89,7 @@ class MasqHfQuantizer(HfQuantizer):
                 remedy="pass no config, or that of the folder",
             )
         assemble(model, description)
+        check_complete(model, {name: tensor.shape for name, tensor in files.read_headers(folder)[0].items()})
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -326,6 +326,28 @@ def test_transformers_refuses_it_too(intact, tmp_path, name):
     assert isinstance(caught.value, MasqError) == (name not in FOUND_BY_TRANSFORMERS)
 
 
+def without(tensors: dict[str, torch.Tensor], _rng: random.Random) -> None:
+    del tensors["model.language_model.norm.weight"]
+
+
+def longer(tensors: dict[str, torch.Tensor], _rng: random.Random) -> None:
+    tensors["lm_head.weight"] = torch.zeros(278, 48)
+
+
+def more(tensors: dict[str, torch.Tensor], _rng: random.Random) -> None:
+    tensors["model.language_model.layers.7.mlp.up_proj.weight"] = torch.zeros(2, 2)
+
+
+@pytest.mark.parametrize("edit", [without, longer, more])
+def test_tensors_that_are_not_quantized_must_be_those_of_the_model(intact, tmp_path, edit):
+    """transformers makes up what is missing and leaves out what it does not know: not here."""
+    shutil.copytree(intact, tmp_path / "copy")
+    change_tensors(edit)(tmp_path / "copy", random.Random(0))
+    for attempt in (checkpoint.load, AutoModelForImageTextToText.from_pretrained):
+        with pytest.raises(ModelError, match="must be those of the model"):
+            attempt(tmp_path / "copy")
+
+
 def test_a_damaged_index_is_refused(cell, tmp_path):
     made = cell("masquant")
     checkpoint.save(made.adapter, tmp_path / "shards", {}, max_shard_bytes=30_000)
