@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from masq.modules.packed_linear import PackedLinear
 from masq.modules.stack import stack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from masq.export.description import Description, LinearEntry
 
@@ -51,10 +50,10 @@ def assemble(model: Any, description: Description) -> None:
     """
     tokens = TokenModalities({i: Modality[side.upper()] for side, ids in description.placeholders.items() for i in ids})
     context, _ = install(_Called(model, _family(model.config.model_type), tokens))
-    with torch.device("meta"), _default_dtype(torch.float32):
+    with torch.device("meta"):
         for name in description.rotated:
             linear = _linear(model, name)
-            rotated = RotatedInput(linear, torch.empty(linear.in_features))
+            rotated = RotatedInput(linear, torch.empty(linear.in_features, dtype=torch.float32))
             rotated.register_buffer("signs", rotated.signs, persistent=True)
             model.set_submodule(name, rotated)
         for name, entry in description.linears.items():
@@ -158,13 +157,3 @@ def _align(model: nn.Module) -> None:
             for name, tensor in tensors.items():
                 if tensor is not None and name != "codes" and tensor.data_ptr() % _ALIGNMENT:
                     tensor.data = tensor.data.clone()
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -139,13 +139,13 @@ class PackedLinear(nn.Module):
         groups = (out_features, in_features // (weight.group_size or in_features))
         codes = torch.empty(out_features, columns, dtype=torch.int8 if symmetric and not halves else torch.uint8)
         zero_point = None if symmetric else torch.empty(groups, dtype=torch.uint8)
-        packed = PackedWeight(codes, torch.empty(groups), zero_point, weight, in_features)
+        packed = PackedWeight(codes, torch.empty(groups, dtype=torch.float32), zero_point, weight, in_features)
         return cls(
             packed,
             activation=fmt.activation,
             context=context,
             bias=None if bias is None else torch.empty(out_features, dtype=bias),
-            inverse_smoothing=torch.empty(num_smoothing, in_features) if num_smoothing else None,
+            inverse_smoothing=torch.empty(num_smoothing, in_features, dtype=torch.float32) if num_smoothing else None,
             smoothing_rows=torch.empty(len(TOKEN_MODALITIES), dtype=torch.int64) if num_smoothing else None,
             corrections={
                 modality: (
