@@ -195,7 +195,9 @@ def test_blocks_change_nothing(monkeypatch):
     x = cases.rows(9, 192, torch.float32)
     whole = cases.run(KERNEL, x, packed, None)
     monkeypatch.setattr(torch_int8, "_BLOCK", 7 * 192)
-    assert torch.allclose(cases.run(KERNEL, x, packed, None), whole, rtol=1e-5, atol=0)
+    # Blocks of another shape may add in another order: twice the bound of a float32 sum of this many terms.
+    bound = 2 * (192 + 4) * 2**-24 * (x.abs() @ unpack(packed).dequantize().abs().t())
+    assert ((cases.run(KERNEL, x, packed, None) - whole).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("activation", [None, cases.per_token(8)], ids=str)

@@ -85,10 +85,12 @@ def test_a_stack_computes_what_its_members_do(scheme, context):
     assert packed[0].stack is packed[2].stack
     for found, wanted in zip(packed, layers, strict=True):
         torch.testing.assert_close(found(x), wanted(x), rtol=1e-6, atol=1e-6)
-    # The integer part, and so a batch of text alone, is the same to the last bit.
+    # The integer part, and so a batch of text alone, is the same to the last bit. Float sums of wider matrices may be
+    # taken in another order.
     context.set(torch.zeros_like(IDS))
+    tolerance = 0 if scheme == "w4a8" else 1e-6
     for found, wanted in zip(packed, layers, strict=True):
-        assert torch.equal(found(x), wanted(x))
+        torch.testing.assert_close(found(x), wanted(x), rtol=tolerance, atol=tolerance)
 
 
 def test_a_stack_multiplies_once_an_input(context, monkeypatch):
