@@ -1,4 +1,4 @@
-"""Our own kernels for x86 processors: AMX, AVX512-VNNI, AVX2, or plain C++; the same integers on each.
+"""Our own kernels for x86 processors: AMX, AVX512 with VNNI (and bfloat16), AVX2, or plain C++; the same integers on each.
 
 Shapes: N rows, I input channels, O output channels, U smoothing vectors.
 """
@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
     from masq.numerics.scheme import TensorFormat
 
-ISAS = ("scalar", "avx2", "avx512_vnni", "amx")
-"""Instruction sets by their number in ``csrc/linear.cpp``."""
+ISAS = ("scalar", "avx2", "avx512_vnni", "avx512_bf16", "amx")
+"""Instruction sets by their number in ``csrc/common.h``."""
+_BF16 = ISAS.index("avx512_bf16")
 BLOCK, PANEL, TILE = 64, 32, 16
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -156,8 +157,8 @@ class CpuKernel(Kernel):
     def prepare_factors(
         self, rights: Sequence[torch.Tensor | None], sizes: Sequence[int], activation: TensorFormat | None
     ) -> PreparedFactors | None:
-        """See ``Kernel.prepare_factors``: with AMX, integer inputs and factors in bfloat16."""
-        if activation is None or ISAS[self.isa] != "amx":
+        """See ``Kernel.prepare_factors``: with instructions for bfloat16, integer inputs and factors in bfloat16."""
+        if activation is None or self.isa < _BF16:
             return None
         return low_rank_factors.prepare(rights, sizes)
 

@@ -104,7 +104,7 @@ static int integers(int64_t m, int64_t n, int64_t k, int four, int dtype) {
                 nullptr, 0);
       masq_gemm(codes, scale, w, w_scale, offset, nullptr, nullptr, nullptr, nullptr, 0, 0, half, 2, m, n, k, four, isa,
                 threads, nullptr, 0);
-      if (isa == 3) corrected(codes, scale, w, w_scale, offset, m, n, k, four, threads);
+      if (isa >= 3) corrected(codes, scale, w, w_scale, offset, m, n, k, four, threads);
       if (wanted && memcmp(wanted, y, m * n * sizeof(float))) bad = 1;
       if (!wanted) wanted = y;
       else free(y);

@@ -16,7 +16,8 @@ try:
 except BuildError as error:
     pytest.skip(f"no kernels here: {error}", allow_module_level=True)
 
-needs_amx = pytest.mark.skipif(ISAS[BEST] != "amx", reason="corrections are fused on AMX alone")
+FUSING = ISAS[ISAS.index("avx512_bf16") : BEST + 1]
+needs_bf16 = pytest.mark.skipif(not FUSING, reason="corrections are fused where there is bfloat16")
 ACTIVATION = cases.per_token(8)
 SIZES = [(64,), (32, 96, 17), (33,)]
 RANKS = {1: [(5,), (32,), (70,)], 3: [(40, 0, 3), (1, 32, 33)]}
@@ -30,12 +31,13 @@ def rights(ranks: tuple[int, ...], sizes: tuple[int, ...], seed: int) -> list[to
     ]
 
 
-@needs_amx
+@needs_bf16
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("count", [1, 3, 17, 40, 300])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_corrected_rows_against_float64(sizes, count, bits):
-    kernel, out = CpuKernel(), sum(sizes)
+@pytest.mark.parametrize("isa", FUSING)
+def test_corrected_rows_against_float64(isa, sizes, count, bits):
+    kernel, out = CpuKernel(isa), sum(sizes)
     x, packed = cases.rows(count, 100, torch.bfloat16), cases.weight(out, 100, TensorFormat(bits))
     bias = torch.randn(out, generator=torch.Generator().manual_seed(5))
     held = kernel.prepare(packed, ACTIVATION)
@@ -65,7 +67,7 @@ def test_corrected_rows_against_float64(sizes, count, bits):
         assert torch.equal(found[neither], base[neither].float())
 
 
-@needs_amx
+@needs_bf16
 def test_the_stored_factors_come_back():
     kernel = CpuKernel()
     for sizes in SIZES:

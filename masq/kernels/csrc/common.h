@@ -16,7 +16,7 @@ struct Addend {
   int parts, dtype;
 };
 
-enum Isa { kScalar = 0, kAvx2 = 1, kVnni = 2, kAmx = 3 };
+enum Isa { kScalar = 0, kAvx2 = 1, kVnni = 2, kBf16 = 3, kAmx = 4 };
 enum Dtype { kFloat = 0, kBfloat = 1, kHalf = 2 };
 
 constexpr int64_t kTileRows = 16, kBlock = 64, kPanel = 32, kTileBytes = kTileRows * kBlock;
@@ -29,6 +29,7 @@ constexpr int64_t kParallelWork = 1 << 15;
 
 #define AVX2_TARGET __attribute__((target("avx2,f16c")))
 #define AVX512_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")))
+#define BF16_TARGET __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")))
 #define AMX_TARGET __attribute__((target("amx-tile,amx-int8,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c")))
 
 // ---- numbers of 16 bits ----
@@ -154,6 +155,33 @@ AMX_TARGET void open_tiles() {
 }
 
 AMX_TARGET void close_tiles() { _tile_release(); }
+
+// Without AMX: eight rows of a tile in bfloat16 times two tiles of pairs a slice, added to what is there unless `first`.
+// Rows lie kBlock apart, slices of them kTileBytes; sums of 32 outputs kPanel apart.
+BF16_TARGET inline void eight_rows_bf16(const uint8_t* a, const uint8_t* w, int64_t slices, bool first, float* sums) {
+  __m512 sum[8][2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    for (int t = 0; t < 2; ++t) sum[i][t] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * kPanel + 16 * t);
+  for (int64_t s = 0; s < slices; ++s, a += kTileBytes, w += 2 * kTileBytes) {
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) {
+      const __m512bh low = (__m512bh)_mm512_loadu_si512(w + r * kBlock);
+      const __m512bh top = (__m512bh)_mm512_loadu_si512(w + kTileBytes + r * kBlock);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        int32_t two;
+        memcpy(&two, a + i * kBlock + 4 * r, 4);
+        const __m512bh x = (__m512bh)_mm512_set1_epi32(two);
+        sum[i][0] = _mm512_dpbf16_ps(sum[i][0], x, low);
+        sum[i][1] = _mm512_dpbf16_ps(sum[i][1], x, top);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    for (int t = 0; t < 2; ++t) _mm512_storeu_ps(sums + i * kPanel + 16 * t, sum[i][t]);
+}
 
 }  // namespace
 

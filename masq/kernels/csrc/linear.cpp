@@ -36,6 +36,7 @@ struct LowRank {
 
 constexpr int kMaxLowRank = 4;
 constexpr int64_t kSlice = 32;
+constexpr int64_t kManyRows = 8;  // From here on AVX512 multiplies codes that were made unsigned beforehand.
 
 // U in tiles [row tile][slice][16][32], and which row tiles have any of its rows.
 struct LowRankRows {
@@ -280,11 +281,69 @@ AVX2_TARGET void panel_avx2(const Product& p, const uint8_t* panel, int64_t firs
   }
 }
 
+// Codes of some rows with 128 added, in the layout of activations from the tile of the first row on; null where they are
+// made while they are read, which few rows can afford.
+struct Unsigned {
+  const uint8_t* codes;
+  int64_t first;
+};
+
+AVX512_TARGET void make_unsigned(const Product& p, int64_t first, int64_t rows, uint8_t* to) {
+  const __m512i sign = _mm512_set1_epi8((char)0x80);
+  const int8_t* from = p.a + first / kTileRows * p.blocks() * kTileBytes;
+  const int64_t bytes = (rows + kTileRows - 1) / kTileRows * p.blocks() * kTileBytes;
+  for (int64_t i = 0; i < bytes; i += 64)
+    _mm512_storeu_si512(to + i, _mm512_xor_si512(_mm512_loadu_si512(from + i), sign));
+}
+
+template <int FOUR>
+AVX512_TARGET inline void load_weights(const uint8_t* line, __m512i& low, __m512i& top) {
+  if (FOUR) {
+    const __m512i packed = _mm512_loadu_si512(line), high = _mm512_set1_epi8((char)0xf0);
+    low = _mm512_and_si512(_mm512_slli_epi16(packed, 4), high);
+    top = _mm512_and_si512(packed, high);
+  } else {
+    low = _mm512_loadu_si512(line);
+    top = _mm512_loadu_si512(line + kTileBytes);
+  }
+}
+
+// What the excess of unsigned activations added to the sums of 16 outputs is taken away. Sums wrap around; so does this,
+// and what remains is small enough to be right.
+AVX512_TARGET inline void store_sums(const Product& p, const uint8_t* panel, int t, __m512i total, int32_t* sums) {
+  const int32_t* offset = p.offset + (panel - p.w) / p.panel_bytes() * kPanel;
+  _mm512_storeu_si512(sums + 16 * t, _mm512_sub_epi32(total, _mm512_loadu_si512(offset + 16 * t)));
+}
+
+// Eight rows of one tile, codes made unsigned: a weight is read once for all of them, and one address serves the rows.
+template <int FOUR>
+AVX512_TARGET void eight_rows_vnni(const Product& p, const uint8_t* panel, const uint8_t* codes, int32_t* sums) {
+  __m512i sum[8][2];
+  for (auto& one : sum) one[0] = one[1] = _mm512_setzero_si512();
+  for (int64_t b = 0; b < p.blocks(); ++b, codes += kTileBytes) {
+    const uint8_t* w = panel + b * kTileBytes * (FOUR ? 1 : 2);
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) {
+      __m512i low, top;
+      load_weights<FOUR>(w + r * 64, low, top);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        int32_t four;
+        memcpy(&four, codes + i * kBlock + 4 * r, 4);
+        const __m512i x = _mm512_set1_epi32(four);
+        sum[i][0] = _mm512_dpbusd_epi32(sum[i][0], x, low);
+        sum[i][1] = _mm512_dpbusd_epi32(sum[i][1], x, top);
+      }
+    }
+  }
+  for (int i = 0; i < 8; ++i)
+    for (int t = 0; t < 2; ++t) store_sums(p, panel, t, sum[i][t], sums + i * kPanel);
+}
+
 // R rows at once; unsigned activations (a + 128), whose excess the offset of the column takes away again.
 template <int R, int FOUR>
 AVX512_TARGET void rows_vnni(const Product& p, const uint8_t* panel, int64_t first, int32_t* sums) {
   constexpr int kChains = R == 1 ? 4 : (R == 2 ? 2 : 1);  // Enough sums in flight to hide the latency of one.
-  const __m512i high = _mm512_set1_epi8((char)0xf0);
   const int8_t* a[R];
   for (int i = 0; i < R; ++i) {
     int64_t m = first + i;
@@ -300,14 +359,7 @@ AVX512_TARGET void rows_vnni(const Product& p, const uint8_t* panel, int64_t fir
     for (int r = 0; r < 16; ++r) {
       __m512i low, top;
       _mm_prefetch((const char*)(w + r * 64 + kAhead), _MM_HINT_T1);
-      if (FOUR) {
-        __m512i packed = _mm512_loadu_si512(w + r * 64);
-        low = _mm512_and_si512(_mm512_slli_epi16(packed, 4), high);
-        top = _mm512_and_si512(packed, high);
-      } else {
-        low = _mm512_loadu_si512(w + r * 64);
-        top = _mm512_loadu_si512(w + kTileBytes + r * 64);
-      }
+      load_weights<FOUR>(w + r * 64, low, top);
       for (int i = 0; i < R; ++i) {
         uint32_t four;
         memcpy(&four, a[i] + b * kTileBytes + 4 * r, 4);
@@ -317,20 +369,22 @@ AVX512_TARGET void rows_vnni(const Product& p, const uint8_t* panel, int64_t fir
       }
     }
   }
-  const int32_t* offset = p.offset + (panel - p.w) / p.panel_bytes() * kPanel;
   for (int i = 0; i < R; ++i)
     for (int t = 0; t < 2; ++t) {
       __m512i total = sum[i][t][0];
       for (int c = 1; c < kChains; ++c) total = _mm512_add_epi32(total, sum[i][t][c]);
-      // Sums wrap around; so does this, and what remains is small enough to be right.
-      total = _mm512_sub_epi32(total, _mm512_loadu_si512(offset + 16 * t));
-      _mm512_storeu_si512(sums + i * kPanel + 16 * t, total);
+      store_sums(p, panel, t, total, sums + i * kPanel);
     }
 }
 
 template <int FOUR>
-void panel_vnni(const Product& p, const uint8_t* panel, int64_t first, int64_t rows, int32_t* sums) {
+void panel_vnni(const Product& p, const uint8_t* panel, int64_t first, int64_t rows, const Unsigned& made, int32_t* sums) {
   int64_t row = 0;
+  for (; made.codes && row + 8 <= rows; row += 8) {
+    const int64_t m = first - made.first + row;
+    const uint8_t* codes = made.codes + m / kTileRows * p.blocks() * kTileBytes + m % kTileRows * kBlock;
+    eight_rows_vnni<FOUR>(p, panel, codes, sums + row * kPanel);
+  }
   for (; row + 4 <= rows; row += 4) rows_vnni<4, FOUR>(p, panel, first + row, sums + row * kPanel);
   switch (rows - row) {
     case 3: rows_vnni<3, FOUR>(p, panel, first + row, sums + row * kPanel); break;
@@ -427,6 +481,25 @@ void spread_rows(const LowRank& low, int64_t m, LowRankRows& to) {
   }
 }
 
+// The same without AMX.
+BF16_TARGET void panel_low_rank_bf16(const Product& p, int64_t panel, int64_t first, int64_t rows, float* sums, uint8_t* any) {
+  for (int64_t t = 0; t < (rows + kTileRows - 1) / kTileRows; ++t) {
+    const int64_t tile = first / kTileRows + t;
+    any[t] = 0;
+    for (int l = 0; l < p.lows; ++l) {
+      const LowRank& low = p.low[l];
+      if (!p.low_rows[l].present[tile]) continue;
+      const int64_t part = low.part_of[panel], begin = low.firsts[part], count = low.firsts[part + 1] - begin;
+      const uint8_t* u = p.low_rows[l].tiles + (tile * low.firsts[low.parts] + begin) * kTileBytes;
+      const uint8_t* w = (const uint8_t*)low.tiles + low.starts[panel] * 2 * kTileBytes;
+      float* to = sums + t * kTileRows * kPanel;
+      for (int64_t half = 0; half < 2; ++half)
+        eight_rows_bf16(u + half * 8 * kBlock, w, count, !any[t], to + half * 8 * kPanel);
+      any[t] = 1;
+    }
+  }
+}
+
 AMX_TARGET void panel_low_rank(const Product& p, int64_t panel, int64_t first, int64_t rows, float* sums, uint8_t* any) {
   for (int64_t t = 0; t < (rows + kTileRows - 1) / kTileRows; ++t) {
     const int64_t tile = first / kTileRows + t;
@@ -509,23 +582,30 @@ void multiply(Product& p, int threads) {
     alignas(64) int32_t sums[kMaxRows * kPanel];
     alignas(64) float low[kMaxRows * kPanel];
     uint8_t any[kMaxRows / kTileRows] = {};
+    // Of many rows on AVX512: their codes as unsigned ones, once for all panels.
+    const bool many = !tiles && p.isa >= kVnni && p.m >= kManyRows;
+    uint8_t* made = many ? (uint8_t*)_mm_malloc(((together < p.m ? together : p.m) + kTileRows) * p.blocks() * kBlock, 64) : nullptr;
     if (tiles) open_tiles();
     for (int64_t first = 0; first < p.m; first += together) {
       int64_t rows = p.m - first < together ? p.m - first : together;
+      if (made) make_unsigned(p, first, rows, made);
+      const Unsigned codes{made, first};
 #pragma omp for schedule(static) nowait
       for (int64_t index = 0; index < panels; ++index) {
         const uint8_t* panel = p.w + index * p.panel_bytes();
         if (tiles) panel_amx(p, panel, first, rows, sums, unpacked);
-        else if (p.isa >= kVnni && p.four_bits) panel_vnni<1>(p, panel, first, rows, sums);
-        else if (p.isa >= kVnni) panel_vnni<0>(p, panel, first, rows, sums);
+        else if (p.isa >= kVnni && p.four_bits) panel_vnni<1>(p, panel, first, rows, codes, sums);
+        else if (p.isa >= kVnni) panel_vnni<0>(p, panel, first, rows, codes, sums);
         else if (p.isa == kAvx2) panel_avx2(p, panel, first, rows, sums);
         else panel_scalar(p, panel, first, rows, sums);
-        if (p.lows) panel_low_rank(p, index, first, rows, low, any);
+        if (p.lows && tiles) panel_low_rank(p, index, first, rows, low, any);
+        else if (p.lows) panel_low_rank_bf16(p, index, first, rows, low, any);
         if (p.isa >= kVnni) finish_avx512(p, index * kPanel, first, rows, sums, low, p.lows ? any : nullptr);
         else finish_scalar(p, index * kPanel, first, rows, sums);
       }
     }
     if (tiles) close_tiles();
+    if (made) _mm_free(made);
   }
   for (int l = 0; l < p.lows; ++l) {
     free(p.low_rows[l].tiles);
@@ -537,7 +617,7 @@ void multiply(Product& p, int threads) {
 
 extern "C" {
 
-// The best instruction set that this processor and this system offer: scalar 0, AVX2 1, AVX512-VNNI 2, AMX 3.
+// The best instruction set that this processor and this system offer, a number of Isa.
 int masq_best_isa() {
   __builtin_cpu_init();
   bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -550,7 +630,7 @@ int masq_best_isa() {
   // AMX tiles and int8; the system must grant the tile state (ARCH_REQ_XCOMP_PERM, XTILEDATA).
   if ((edx >> 24 & 1) && (edx >> 25 & 1) && syscall(SYS_arch_prctl, 0x1023, 18) == 0) return kAmx;
 #endif
-  return kVnni;
+  return __builtin_cpu_supports("avx512bf16") ? kBf16 : kVnni;
 }
 
 // Bytes of the codes of m rows.

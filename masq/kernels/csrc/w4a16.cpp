@@ -5,8 +5,8 @@
 // Weights [strip][ceil(K / 32) * 4][16] uint32: a word holds eight consecutive inputs of one output, the first lowest.
 // Scales [strip][G][16] float, zero points [strip][G][16] uint8; a group is a multiple of 32 inputs, or all of them.
 //
-// Few rows, and rows in float32 or float16: float32 throughout, a group's sum scaled once. More rows in bfloat16 on AMX: the
-// same from codes in bfloat16, which are exact; but many rows and several groups (see exact()): weights are dequantized in
+// Few rows, and rows in float32 or float16: float32 throughout, a group's sum scaled once. More rows in bfloat16 on AMX or
+// AVX512-BF16: the same from codes in bfloat16, which are exact; but many rows and several groups (see exact()): weights are dequantized in
 // float32 and rounded to bfloat16, products are summed in float32.
 
 #include "common.h"
@@ -17,7 +17,8 @@ constexpr int64_t kStrip = 16, kSlice = 32, kLines = 4;  // A slice of inputs is
 constexpr int64_t kChunkSlices = 8;                      // Slices of two strips that are unpacked at a time: 16 KiB.
 constexpr int64_t kRowsTogether = 512, kPanelsTogether = 8;  // Their sums and a chunk of the rows lie in the second cache.
 constexpr int64_t kFewFloatRows = 4;   // Rows that are multiplied while a weight is read once.
-constexpr int64_t kFewBfloatRows = 2;  // Up to here tiles are slower.
+constexpr int64_t kFewBfloatRows = 2;  // Up to here tiles are slower, and without AMX up to the next.
+constexpr int64_t kFewPairedRows = 8;
 
 struct FloatProduct {
   const void* x;
@@ -148,11 +149,11 @@ void few_rows(const FloatProduct& p, int threads) {
   delete[] seen;
 }
 
-// ---- many rows in bfloat16, on AMX ----
+// ---- many rows in bfloat16, on AMX or AVX512-BF16 ----
 
 // One row in the order in which 16-bit halves of a word give its codes, inputs 0 4 1 5 2 6 3 7 of each eight, a slice every
 // kTileBytes; and the sum of each group.
-AMX_TARGET void order_row(const FloatProduct& p, int64_t row, uint8_t* to, float* seen) {
+BF16_TARGET void order_row(const FloatProduct& p, int64_t row, uint8_t* to, float* seen) {
   alignas(64) uint16_t order[32], ones[32];
   for (int i = 0; i < 32; ++i) {
     order[i] = (uint16_t)(i / 8 * 8 + i % 8 / 2 + i % 2 * 4);
@@ -174,7 +175,7 @@ AMX_TARGET void order_row(const FloatProduct& p, int64_t row, uint8_t* to, float
 }
 
 // A slice of a strip as a tile of codes, which bfloat16 holds exactly: line r holds a pair of inputs of each output.
-AMX_TARGET inline void unpack_codes(const uint32_t* words, __m512i codes, uint8_t* tile) {
+BF16_TARGET inline void unpack_codes(const uint32_t* words, __m512i codes, uint8_t* tile) {
   for (int line = 0; line < kLines; ++line) {
     const __m512i eight = _mm512_loadu_si512(words + line * kStrip);
 #pragma GCC unroll 4
@@ -184,7 +185,7 @@ AMX_TARGET inline void unpack_codes(const uint32_t* words, __m512i codes, uint8_
 }
 
 // The same of weights, rounded to bfloat16.
-AMX_TARGET inline void unpack_weights(const uint32_t* words, __m512 values, __m512 scale, __m512 zero, uint8_t* tile) {
+BF16_TARGET inline void unpack_weights(const uint32_t* words, __m512 values, __m512 scale, __m512 zero, uint8_t* tile) {
   alignas(64) static const uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i order = _mm512_load_si512(kInterleave);
@@ -203,7 +204,7 @@ AMX_TARGET inline void unpack_weights(const uint32_t* words, __m512 values, __m5
 }
 
 // Some slices of a panel as pairs of tiles, of codes or of weights.
-AMX_TARGET void unpack_panel(const FloatProduct& p, int64_t panel, int64_t begin, int64_t end, uint8_t* tiles) {
+BF16_TARGET void unpack_panel(const FloatProduct& p, int64_t panel, int64_t begin, int64_t end, uint8_t* tiles) {
   alignas(64) uint16_t table[32];
   // Twice, so that the fifth bit of an index means nothing.
   for (int i = 0; i < 32; ++i) table[i] = to_bfloat((float)(p.is_signed && i % 16 > 7 ? i % 16 - 16 : i % 16));
@@ -224,7 +225,7 @@ AMX_TARGET void unpack_panel(const FloatProduct& p, int64_t panel, int64_t begin
 
 // Sums of 16 rows (or 32, in PAIRS) over some slices, added to what is there unless these are the first.
 template <int PAIRS>
-AMX_TARGET inline void tiles_bf16(const uint8_t* a, int64_t a_step, const uint8_t* w, int64_t slices, bool first, float* sums) {
+AMX_TARGET void tiles_bf16(const uint8_t* a, int64_t a_step, const uint8_t* w, int64_t slices, bool first, float* sums) {
   constexpr int kStride = kPanel * 4;
   float* below = sums + kTileRows * kPanel;
   if (first) {
@@ -288,7 +289,7 @@ struct Many {
 
 // Panels from `panel` to `last` of rows from `first` on. Inputs are cut into chunks outside, so that their part of the rows
 // stays in the second cache for every panel, and a chunk of a panel in the first one for every row.
-AMX_TARGET void span_rows(const FloatProduct& p, const Many& many, int64_t panel, int64_t last, int64_t first, int64_t rows) {
+BF16_TARGET void span_rows(const FloatProduct& p, const Many& many, int64_t panel, int64_t last, int64_t first, int64_t rows) {
   const int64_t slices = p.slices(), step = slices * kTileBytes, tiles = (rows + kTileRows - 1) / kTileRows;
   const int64_t apart = tiles * kTileRows * kPanel;
   int64_t end;
@@ -302,6 +303,9 @@ AMX_TARGET void span_rows(const FloatProduct& p, const Many& many, int64_t panel
       const uint8_t* from = many.a + first / kTileRows * step + begin * kTileBytes;
       float* sums = many.sums + i * apart;
       int64_t tile = 0;
+      for (int64_t half = 0; p.isa != kAmx && half * 8 < rows; ++half)
+        eight_rows_bf16(from + half / 2 * step + half % 2 * 8 * kBlock, many.unpacked, end - begin, starts, sums + half * 8 * kPanel);
+      if (p.isa != kAmx) tile = tiles;
       for (; tile + 2 <= tiles; tile += 2)
         tiles_bf16<1>(from + tile * step, step, many.unpacked, end - begin, starts, sums + tile * kTileRows * kPanel);
       if (tile < tiles)
@@ -332,14 +336,14 @@ void many_rows(const FloatProduct& p, int threads) {
     Buffer<uint8_t> unpacked(kChunkSlices * 2 * kTileBytes);
     Buffer<float> sums(kPanelsTogether * together * kPanel), totals(kPanelsTogether * together * kPanel);
     const Many many{a.data, seen.data, unpacked.data, sums.data, totals.data};
-    open_tiles();
+    if (p.isa == kAmx) open_tiles();
     for (int64_t first = 0; first < p.m; first += kRowsTogether) {
       const int64_t rows = p.m - first < kRowsTogether ? p.m - first : kRowsTogether;
 #pragma omp for schedule(static) nowait
       for (int64_t span = 0; span < spans; ++span)
         span_rows(p, many, panels * span / spans, panels * (span + 1) / spans, first, rows);
     }
-    close_tiles();
+    if (p.isa == kAmx) close_tiles();
   }
 }
 
@@ -352,6 +356,7 @@ extern "C" void masq_gemm_w4a16(const void* x, int x_dtype, const uint32_t* w, c
                                 int threads) {
   Addend addend{places, addends, starts, parts, addend_dtype};
   FloatProduct p{x, x_dtype, w, scale, zero, group, groups, bias, addend, out, out_dtype, m, n, k, is_signed, isa};
-  if (p.isa == kAmx && p.x_dtype == kBfloat && p.m > kFewBfloatRows) many_rows(p, threads);
+  const int64_t few = p.isa == kAmx ? kFewBfloatRows : kFewPairedRows;
+  if (p.isa >= kBf16 && p.x_dtype == kBfloat && p.m > few) many_rows(p, threads);
   else if (p.m) few_rows(p, threads);
 }
