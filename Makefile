@@ -18,7 +18,7 @@ DEMO_SCHEME := w4a6
 DEMO_METHODS := none rtn smoothquant quarot_gptq masquant masquant_gauged
 DEMO_ROOT := runs/demo
 
-# The committed tables are in experiments/tables.yaml.
+# The committed tables are in conf/experiment/.
 RESULTS_ROOT := runs/results
 SUBSET_SAMPLES := 6
 TOOLS := espeak-ng bible-kjv bible-kjv-text python3.11-doc fonts-dejavu-core fonts-dejavu-extra fonts-liberation \
@@ -85,16 +85,16 @@ check: $(STAMP)  ## ruff, pyright, import contracts, and every configuration com
 
 table: $(STAMP)  ## write results/tables from finished runs and committed records
 	@$(PYTHON) -m experiments.tables write --root $(RESULTS_ROOT)
-	@mkdir -p results/records
-	@for file in $(wildcard $(RESULTS_ROOT)/misalignment-*.json); do cp "$$file" results/records/; done
+	@mkdir -p results/misalignment
+	@for file in $(wildcard $(RESULTS_ROOT)/misalignment/*.json); do cp "$$file" results/misalignment/; done
 	@$(PYTHON) -m experiments.misalignment.report --output results/tables/discrimination.md
 
 results: $(STAMP)  ## run all cells of the tables (hours: python -m experiments.tables plan), then write them
 	@$(PYTHON) -m experiments.tables run --root $(RESULTS_ROOT)
 	@$(PYTHON) -m experiments.misalignment.measure --model smol_omni --modality tri \
-		--output $(RESULTS_ROOT)/misalignment-smol_omni.json
+		--output $(RESULTS_ROOT)/misalignment/smol_omni.json
 	@$(PYTHON) -m experiments.misalignment.measure --model smol_vl --modality dual \
-		--output $(RESULTS_ROOT)/misalignment-smol_vl.json
+		--output $(RESULTS_ROOT)/misalignment/smol_vl.json
 	@$(MAKE) --no-print-directory subset table
 
 subset: $(STAMP)  ## the float scores that tests/test_results.py expects of the shipped weights

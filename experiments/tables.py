@@ -1,208 +1,146 @@
-"""The committed tables: which cells they have, what they cost, how to run them, and how they are written from records.
+"""The committed records and tables of ``results/``, from finished runs.
 
-    python -m experiments.tables plan [TABLE ...]       cells and hours, before anything runs
-    python -m experiments.tables run [TABLE ...]        `masq run -m` for each sweep; repeat the command to go on
-    python -m experiments.tables write                  records and tables of results/ from finished runs
+    python -m experiments.tables plan                   cells, those with a record, and hours of every table
+    python -m experiments.tables run [TABLE ...]        `masq run experiment=TABLE`; repeat the command to go on
+    python -m experiments.tables write                  records of finished runs into results/, tables written again
 
-A cell without a record is a row that says so.
+The tables are the experiments (``conf/experiment/``) that are run on the embedded models. A cell without a record is a
+row that says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import yaml
 from tabulate import tabulate
 
-from masq.compose import compose_cells
-from masq.config import RunConfig, decode, to_dict
-from masq.errors import ConfigError, DataError, unknown_name
-from masq.identity import folder_name
+from masq.config import to_dict
+from masq.errors import MasqError
+from masq.experiment import definition
+from masq.experiment.compare_paper import compare_paper
+from masq.experiment.definition import Experiment, changed, experiment
+from masq.experiment.records import RecordIndex, cell_key, is_not_run, missing, render, rows, stored_name
+from masq.experiment.running import distinct, run_experiment
 from masq.plan import plan
-from masq.report.record import RunRecord, read_record
-from masq.report.table import available_columns, table
+from masq.report.record import RunRecord
+from masq.sweep import show_progress
 
-PLAN = Path(__file__).with_name("tables.yaml")
 RESULTS = Path(__file__).parent.parent / "results"
 RUNS = "runs/results"
-# Does not change a result.
-_FREE = ("output", "threads", "preset")
+SCALE = "smol"
 
 
-@cache
-def definitions() -> dict[str, Any]:
-    """The content of ``tables.yaml``."""
-    return yaml.safe_load(PLAN.read_text(encoding="utf-8"))
+def names() -> list[str]:
+    """The committed tables, those that show others last."""
+    found = [name for name in definition.names() if SCALE in definition.scales(name)]
+    return sorted(found, key=lambda name: bool(table(name).shows))
 
 
-def definition(name: str) -> dict[str, Any]:
+def table(name: str) -> Experiment:
     """One table.
 
     Raises:
         ConfigError: no such table; near matches are listed.
     """
-    tables = definitions()["tables"]
-    if name not in tables:
-        raise unknown_name("table", name, tables)
-    return tables[name]
-
-
-def sweeps(name: str) -> list[list[str]]:
-    """Overrides of every sweep of a table; lists within lists are lists that sweeps have in common."""
-    return [
-        [one for part in sweep for one in ([part] if isinstance(part, str) else part)]
-        for sweep in definition(name).get("sweeps", ())
-    ]
+    return experiment(name, SCALE)
 
 
 @cache
-def cells(name: str) -> tuple[RunConfig, ...]:
-    """The configurations of a table's own cells."""
-    return tuple(config for sweep in sweeps(name) for config in compose_cells(sweep))
+def index() -> RecordIndex:
+    """The committed records."""
+    return RecordIndex.of_folders(RESULTS / "records")
 
 
-def cell_name(config: RunConfig) -> str:
-    """Model, modality, scheme, method, and the seed of calibration where it is not 0."""
-    seed = config.calibration.seed
-    return folder_name(config, "").rstrip("-") + (f"-seed{seed}" if seed and not config.method.is_float else "")
+def stored(name: str) -> list[RunRecord]:
+    """The committed records of a table."""
+    return [record for record in rows(table(name), index()) if not is_not_run(record)]
 
 
-def stored(name: str) -> dict[str, RunRecord]:
-    """The committed records of a table, or of those it shows, by cell; a cell that was not run is not there."""
-    found = {}
-    for source in definition(name).get("shows", [name]):
-        for config in cells(source):
-            path = RESULTS / "records" / source / f"{cell_name(config)}.json"
-            if path.exists():
-                found[cell_name(config)] = read_record(path)
-    return found
-
-
-def rows(name: str) -> list[RunRecord]:
-    """A record for every cell of a table, an empty one that says so where there is none."""
-    records, known = [], stored(name)
-    for source in definition(name).get("shows", [name]):
-        for config in cells(source):
-            records.append(known.get(cell_name(config)) or _not_run(config))
-    return records
-
-
-def _not_run(config: RunConfig) -> RunRecord:
-    record = RunRecord.start("", to_dict(config), {})
-    record.failure = {"kind": "not run", "message": ""}
-    return record
-
-
-def render(name: str) -> str:
-    """The table in Markdown.
+def cell(name: str, scheme: str, method: str) -> RunRecord:
+    """The committed record of one cell of a table; the float model's scheme is ``float``.
 
     Raises:
-        DataError: no cell of it was run.
+        KeyError: it was not run.
     """
-    records = rows(name)
-    if not any(record.status == "finished" for record in records):
-        raise DataError(f"no cell of table {name} was run", remedy=f"python -m experiments.tables run {name}")
-    wanted = definition(name).get("columns")
-    there = [column.key for column in available_columns(records)]
-    if wanted is not None:
-        wanted = [key for key in wanted if any(one == key or one.startswith(f"{key}.") for one in there)]
-    return f"<!-- {definition(name)['about']} -->\n\n{table(records, wanted)}".rstrip("\n") + "\n"
+    for record in stored(name):
+        is_float = record.config["method"]["rounding"]["kind"] == "none"
+        if (record.method, "float" if is_float else record.scheme) == (method, scheme):
+            return record
+    raise KeyError(f"{name}: {method} at {scheme}")
 
 
-def plan_text(names: Sequence[str]) -> str:
-    """Cells and hours of each table."""
-    lines, total = [], 0.0
-    for name in names:
-        seconds = sum(sum(plan(config).seconds.values()) for config in cells(name))
-        total += seconds
-        if cells(name):
-            lines.append(
-                [name, len(cells(name)), len(stored(name)), f"{seconds / 3600:.1f}", definition(name)["about"]]
-            )
-    lines.append(["all", "", "", f"{total / 3600:.1f}", ""])
-    return tabulate(lines, ["table", "cells", "recorded", "hours", "about"], tablefmt="github", disable_numparse=True)
-
-
-def finished_runs(root: Path) -> Iterator[tuple[Path, RunRecord]]:
-    """Finished records under ``root``, the latest last: of two runs of one cell, on other weights say, it counts."""
-    found = [(path, read_record(path)) for path in root.glob("*/record.json")]
-    finished = [(path, record) for path, record in found if record.status == "finished"]
-    yield from sorted(finished, key=lambda pair: str(pair[1].provenance["finished"]))
-
-
-def collect(root: Path) -> dict[str, int]:
-    """Copy records of finished runs into ``results/records``, and drop those of cells that no table has any more.
-
-    Returns:
-        How many cells of each table have no record.
-    """
-    by_config = {key(record.config): path for path, record in finished_runs(root)}
-    missing = {}
-    for name in definitions()["tables"]:
-        folder = RESULTS / "records" / name
-        wanted = {cell_name(config): config for config in cells(name)}
-        for path in folder.glob("*.json"):
-            if path.stem not in wanted:
-                path.unlink()
-        for cell, config in wanted.items():
-            found = by_config.get(key(to_dict(config)))
-            if found is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(found, folder / f"{cell}.json")
-        missing[name] = sum(not (folder / f"{cell}.json").exists() for cell in wanted)
-    return missing
-
-
-def key(config: dict[str, Any]) -> str:
-    """What two configurations of one cell have in common: a float run serves every scheme and calibration."""
-    # Options that came after a record was written have their defaults.
-    kept = {name: value for name, value in to_dict(decode({**config, "output": {}})).items() if name not in _FREE}
-    # Where things lie, and names that change nothing.
-    free = {
-        "model": ("source", "architecture"),
-        "method": ("description",),
-        "calibration": ("source", "cache"),
-        "evaluation": ("source", "name"),
-    }
-    for group, names in free.items():
-        kept[group] = {name: value for name, value in kept[group].items() if name not in names}
-    if kept["method"]["rounding"]["kind"] == "none":
-        kept = {key: value for key, value in kept.items() if key not in ("scheme", "calibration", "seed")}
-    return yaml.safe_dump(kept, sort_keys=True)
+def collect(root: Path) -> None:
+    """Copy records of finished runs that belong to a table into ``results/records``, and drop those of none."""
+    wanted = {cell_key(to_dict(config)): config for name in names() for config in distinct(table(name))}
+    folder = RESULTS / "records"
+    folder.mkdir(parents=True, exist_ok=True)
+    found = RecordIndex.of_folders(folder, root)
+    kept = set()
+    for config in wanted.values():
+        record, path = found.find(config), found.path(config)
+        if record is not None and path is not None:
+            target = folder / stored_name(record)
+            kept.add(target)
+            if path != target:
+                shutil.copyfile(path, target)
+    for path in folder.glob("*.json"):
+        if path not in kept:
+            path.unlink()
+    index.cache_clear()
 
 
 def write() -> list[str]:
-    """Write every table that has a record.
+    """Write every table that has a record, and beside it what a paper reports.
 
     Returns:
         Their names.
     """
-    (RESULTS / "tables").mkdir(parents=True, exist_ok=True)
-    written = [name for name in definitions()["tables"] if stored(name)]
+    folder = RESULTS / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [name for name in names() if stored(name)]
     for name in written:
-        (RESULTS / "tables" / f"{name}.md").write_text(render(name), encoding="utf-8")
+        (folder / f"{name}.md").write_text(text(name), encoding="utf-8")
     return written
 
 
-def run(names: Sequence[str], root: str, extra: Sequence[str]) -> int:
-    """Run the sweeps of tables one after the other; finished cells are skipped.
+def text(name: str) -> str:
+    """A table in Markdown, with the paper's beside it where scores of both can be compared."""
+    found = table(name)
+    parts = [f"<!-- {found.about} -->", render(found, index()).rstrip("\n")]
+    if found.paper is not None and any(record.scores for record in stored(name)):
+        parts += ["## The paper's table", compare_paper(found, index()).rstrip("\n")]
+    return "\n\n".join(parts) + "\n"
+
+
+def plan_text() -> str:
+    """Cells and hours of each table; a cell of several counts for the first."""
+    lines, seen, total = [], set(), 0.0
+    for name in names():
+        cells = distinct(table(name))
+        keys = {cell_key(to_dict(config)): config for config in cells}
+        seconds = sum(sum(plan(config).seconds.values()) for key, config in keys.items() if key not in seen)
+        seen |= set(keys)
+        total += seconds
+        recorded = len(cells) - missing(table(name), index())
+        lines.append([name, len(cells), recorded, f"{seconds / 3600:.1f}", table(name).about])
+    lines.append(["all", "", "", f"{total / 3600:.1f}", ""])
+    headings = ["table", "cells", "recorded", "hours", "about"]
+    return tabulate(lines, headings, tablefmt="github", disable_numparse=True)
+
+
+def run(wanted: Sequence[str], root: str, extra: Sequence[str]) -> int:
+    """Run the cells of tables one after the other; finished ones are skipped.
 
     Returns:
-        The worst exit status.
+        The exit status: 1 if a cell failed.
     """
-    worst = 0
-    for name in names:
-        for sweep in sweeps(name):
-            command = [sys.executable, "-m", "masq", "run", "-m", *sweep, f"output.root={root}", *extra]
-            worst = max(worst, subprocess.run(command, check=False).returncode)
-    return worst
+    show_progress()
+    outcomes = [one for name in wanted for one in run_experiment(changed(table(name), [f"output.root={root}", *extra]))]
+    return int(any(outcome.failed for outcome in outcomes))
 
 
 def main() -> None:
@@ -213,19 +151,20 @@ def main() -> None:
     parser.add_argument("--root", default=RUNS, help="folder of the runs")
     parser.add_argument("--threads", type=int, help="CPU threads of a run")
     options = parser.parse_args()
-    names = options.tables or list(definitions()["tables"])
     try:
         if options.action == "plan":
-            print(plan_text(names))
+            print(plan_text())
         elif options.action == "run":
             extra = [] if options.threads is None else [f"threads={options.threads}"]
-            raise SystemExit(run(names, options.root, extra))
+            raise SystemExit(run(options.tables or names(), options.root, extra))
         else:
-            missing = collect(Path(options.root))
+            collect(Path(options.root))
             print(f"written: {', '.join(write()) or 'nothing'}")
-            left = [f"{count} of {len(cells(name))} cells of {name}" for name, count in missing.items() if count]
-            print(f"not run: {', '.join(left) or 'nothing'}")
-    except ConfigError as error:
+            left = [
+                f"{missing(table(name), index())} of {len(distinct(table(name)))} cells of {name}" for name in names()
+            ]
+            print(f"not run: {', '.join(text for text in left if not text.startswith('0 ')) or 'nothing'}")
+    except MasqError as error:
         raise SystemExit(f"error: {error}") from None
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``masq run|table|compare|export|plan|audit|doctor``.
+"""The command line: ``masq run|plan|sweep-status|table|compare|compare-paper|report|export|audit|doctor``.
 
 Everything heavy is imported when it is needed, so that help and configuration errors answer at once.
 """
@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from masq import __version__
 from masq.config import RunConfig, load
@@ -18,6 +19,9 @@ from masq.files import atomic_write_bytes, find_files, require_writable_folder
 from masq.identity import run_folder
 from masq.sweep import Outcome, read_outcome, show_progress
 
+if TYPE_CHECKING:
+    from masq.experiment.definition import Experiment
+
 _OVERRIDE_HELP = """\
 Overrides are KEY=VALUE. A group takes one of its files (conf/<group>/), any other key a value:
   masq run model=smol_omni modality=tri scheme=w4a8 method=masquant
@@ -25,6 +29,8 @@ Overrides are KEY=VALUE. A group takes one of its files (conf/<group>/), any oth
   masq run method=masquant method.smoothing=modality        one slot of a method
 With -m, every combination of comma-separated values runs; a failing one does not stop the others:
   masq run -m method=rtn,smoothquant,masquant scheme=w8a8,w4a8,w4a6
+An experiment is a table with all its sweeps (conf/experiment/); scale=smol takes the embedded models:
+  masq run experiment=table1 scale=smol threads=1 hydra/launcher=joblib
 Without Hydra, from the config.yaml of an earlier run; overrides are then plain keys:
   masq run --config runs/.../config.yaml output.root=elsewhere
 Exit status: 0 all finished, 1 a run failed, 2 a wrong argument or configuration.
@@ -60,12 +66,14 @@ def _parse(arguments: list[str]) -> tuple[Callable[[argparse.Namespace], int], a
     """The command and its options; argparse itself answers ``--help``."""
     commands = {
         "run": (_run_parser, _run, "quantize and score a model"),
+        "sweep-status": (_plan_parser, _sweep_status, "how far the cells of an experiment have come"),
         "table": (_table_parser, _table, "one row for each finished run"),
         "compare": (
             _compare_parser,
             _compare,
             "what differs between runs on the same samples, and whether it is chance",
         ),
+        "compare-paper": (_compare_paper_parser, _compare_paper, "the table of a paper beside ours"),
         "export": (_export_parser, _export, "a finished run as a checkpoint that transformers loads"),
         "plan": (_plan_parser, _plan, "what a run would do and need, before anything is loaded"),
         "audit": (_plan_parser, _audit, "every hyper-parameter of a method, with its source"),
@@ -75,7 +83,7 @@ def _parse(arguments: list[str]) -> tuple[Callable[[argparse.Namespace], int], a
         prog="masq",
         description="Post-training quantization of multimodal language models.",
         epilog="commands:\n"
-        + "\n".join(f"  {name:8} {text}" for name, (_, _, text) in commands.items())
+        + "\n".join(f"  {name:13} {text}" for name, (_, _, text) in commands.items())
         + "\n\nmasq COMMAND --help tells more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -92,7 +100,7 @@ def _parse(arguments: list[str]) -> tuple[Callable[[argparse.Namespace], int], a
         prog=f"masq {name}",
         description=text[0].upper() + text[1:] + ".",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_OVERRIDE_HELP if name in ("run", "plan", "audit") else None,
+        epilog=_OVERRIDE_HELP if build in (_run_parser, _plan_parser) else None,
     )
     build(parser)
     return command, parser.parse_intermixed_args(arguments[1:])
@@ -123,6 +131,16 @@ def _compare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="write here instead of to the terminal")
 
 
+def _compare_paper_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", metavar="EXPERIMENT", help="a file of conf/experiment/ with a table of a paper")
+    parser.add_argument("--scale", help="full (the paper's models) or smol (the embedded ones); full where there is it")
+    parser.add_argument(
+        "--records", metavar="FOLDER", nargs="+", default=["runs"], help="folders of runs or of records"
+    )
+    parser.add_argument("--format", choices=("markdown", "latex"), default="markdown")
+    parser.add_argument("--output", metavar="FILE", help="write here instead of to the terminal")
+
+
 def _export_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run", metavar="RUN_FOLDER", help="<output.root>/<model>-<modality>-<scheme>-<method>-<identity>"
@@ -142,6 +160,9 @@ def _doctor_parser(_parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    found = _experiment(options)
+    if found is not None:
+        return _run_experiment(found)
     configs = _configs(options)
     for root in {config.output.root for config in configs}:
         require_writable_folder(root)
@@ -160,9 +181,64 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if record.status == "finished" else 1
 
 
+def _run_experiment(found: Experiment) -> int:
+    from masq.experiment.definition import cells
+    from masq.experiment.records import RecordIndex, render
+    from masq.experiment.running import run_experiment, show_in_wandb
+
+    show_progress()
+    roots = {Path(config.output.root): None for config in cells(found)}
+    for root in roots:
+        require_writable_folder(root)
+    outcomes = run_experiment(found)
+    if any(outcome.record for outcome in outcomes):
+        index = RecordIndex.of_folders(*roots)
+        print(render(found, index))
+        show_in_wandb(found, index)
+    return _show_ends(outcomes)
+
+
+def _sweep_status(options: argparse.Namespace) -> int:
+    found = _experiment(options)
+    if found is None:
+        raise ConfigError("sweep-status needs an experiment", remedy="write experiment=NAME; see conf/experiment/")
+    from masq.experiment.running import render_status, status
+
+    print(render_status(status(found)))
+    return 0
+
+
+def _compare_paper(options: argparse.Namespace) -> int:
+    from masq.experiment.compare_paper import compare_paper
+    from masq.experiment.definition import experiment
+    from masq.experiment.records import RecordIndex
+
+    index = RecordIndex.of_folders(*(Path(folder) for folder in options.records))
+    text = compare_paper(experiment(options.experiment, options.scale), index, options.format)
+    return _show(text, options.output)
+
+
+def _experiment(options: argparse.Namespace) -> Experiment | None:
+    """The experiment that the overrides name, if any, changed by the other overrides."""
+    from masq.experiment.definition import changed, experiment, split
+
+    name, scale, overrides = split(options.overrides)
+    if name is None:
+        return None
+    if options.config or options.multirun:
+        raise ConfigError("an experiment has its own sweeps", value=name, remedy="leave out -m and --config")
+    return changed(experiment(name, scale), overrides)
+
+
 def _plan(options: argparse.Namespace) -> int:
     from masq.plan import plan, render
 
+    found = _experiment(options)
+    if found is not None:
+        from masq.experiment.planning import render_experiment
+
+        print(render_experiment(found))
+        return 0
     print("\n\n".join(render(plan(config)) for config in _configs(options)))
     return 0
 
@@ -249,8 +325,16 @@ def _show_outcomes(outcomes: Sequence[Outcome]) -> int:
     if paths:
         # Cells with the same identity (the float model under several schemes) share one record.
         print(table([read_record(Path(path)) for path in dict.fromkeys(paths)]))
-    print(f"\n{len(paths)} of {len(outcomes)} runs finished")
+    return _show_ends(outcomes)
+
+
+def _show_ends(outcomes: Sequence[Outcome]) -> int:
+    """Print how many cells finished, and the others; exit status 1 if any failed."""
+    print(f"\n{sum(outcome.record is not None for outcome in outcomes)} of {len(outcomes)} runs finished")
+    busy = sum(outcome.busy for outcome in outcomes)
+    if busy:
+        print(f"{busy} left to another process that works on them; the same command shows them when it is done")
     for outcome in outcomes:
         if outcome.error is not None:
             print(f"failed: {outcome.cell}: {outcome.error}", file=sys.stderr)
-    return 0 if len(paths) == len(outcomes) else 1
+    return 1 if any(outcome.failed for outcome in outcomes) else 0

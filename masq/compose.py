@@ -76,7 +76,7 @@ def launch(overrides: Sequence[str], root: str) -> Path:
 
     folder = Path(root).resolve() / ".sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     arguments = ["masq", "--multirun", *_for_hydra(overrides), f"hydra.sweep.dir='{folder}'"]
-    main_function = hydra.main(version_base="1.3", config_path=str(_config_folder()), config_name=_CONFIG_NAME)(_cell)
+    main_function = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=_CONFIG_NAME)(_cell)
     before, sys.argv = sys.argv, arguments
     try:
         main_function()
@@ -97,7 +97,7 @@ def _cell(composed: Any) -> None:
     write_outcome(Path(settings.sweep.dir), int(settings.job.num), attempt(config))
 
 
-def _config_folder() -> Path:
+def config_folder() -> Path:
     """``conf/`` beside the package in a checkout, inside it when installed.
 
     Raises:
@@ -127,7 +127,7 @@ def _composer() -> Iterator[Callable[[Sequence[str]], dict[str, Any]]]:
         return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
 
     try:
-        with initialize_config_dir(str(_config_folder()), version_base="1.3"):
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
             yield plain
     except (HydraException, OmegaConfBaseException) as error:
         raise _translated(error) from error
@@ -143,7 +143,7 @@ def _translated(error: Exception) -> ConfigError:
     missing, options = getattr(error, "missing_cfg_file", None), getattr(error, "options", None)
     if missing is not None:
         group, _, name = str(missing).rpartition("/")
-        known = options or [path.stem for path in (_config_folder() / group).glob("*.yaml")]
+        known = options or [path.stem for path in (config_folder() / group).glob("*.yaml")]
         return ConfigError(f"unknown {group or 'configuration file'}", value=name, remedy=suggestion(name, known))
     override = getattr(error, "override", None)
     text = " ".join(str(error).split("\n")[0].split())
@@ -169,7 +169,7 @@ def _one_for_hydra(override: str) -> str:
     key, value = match["key"], match["value"]
     if key in _SLOTS:
         raise ConfigError(f"{key} is a slot of the method", value=override, remedy=f"write method.{key}={value}")
-    if match["prefix"] == "~" or key.startswith("hydra") or (_config_folder() / key.split("@")[0]).is_dir():
+    if match["prefix"] == "~" or key.startswith("hydra") or (config_folder() / key.split("@")[0]).is_dir():
         return override
     section, _, slot = key.partition(".")
     if section == "method" and slot in _SLOTS and not value.lstrip().startswith(("{", "null")):

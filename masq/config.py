@@ -83,11 +83,15 @@ class OutputConfig:
         root: folder that holds one folder per run.
         wandb: also log to Weights & Biases.
         wandb_project: project to log to.
+        wandb_group: group of the run there, the experiment's name where it is one's cell.
+        wandb_checkpoint: also send the quantized blocks.
     """
 
     root: str = "runs"
     wandb: bool = False
     wandb_project: str = "masq"
+    wandb_group: str | None = None
+    wandb_checkpoint: bool = False
 
     def __post_init__(self) -> None:
         """Reject an empty folder name.

@@ -51,6 +51,10 @@ class OutputError(MasqError):
     """An output folder or file that cannot be written."""
 
 
+class BusyError(MasqError):
+    """A run that another process is working on."""
+
+
 class NumericalError(MasqError):
     """A computation that left the finite numbers or diverged."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -10,10 +11,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from masq.errors import DataError, OutputError
+from masq.errors import BusyError, DataError, OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 _CHUNK_BYTES = 1 << 20
 
@@ -47,6 +48,40 @@ def atomic_write_bytes(path: Path | str, content: bytes) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def exclusive(path: Path | str) -> Iterator[None]:
+    """Hold the lock file ``path``, which the system gives back however the process ends.
+
+    Raises:
+        BusyError: another process holds it.
+        OutputError: the file cannot be made.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}", value=error.strerror or error, remedy="check the path") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError("another process works on this run", value=Path(path).parent.name) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_held(path: Path | str) -> bool:
+    """Whether a process holds the lock file ``path``."""
+    try:
+        with Path(path).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def atomic_write_json(path: Path | str, content: Any) -> None:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, cast
 from masq.artifacts import Artifacts
 from masq.config import RunConfig, active_modalities, check_sizes, decode, notes, to_dict
 from masq.errors import DataError
-from masq.files import atomic_write_bytes, require_writable_folder
+from masq.files import atomic_write_bytes, exclusive, require_writable_folder
 from masq.identity import identity, run_folder
 from masq.inputs import load_data
 from masq.report.memory import peak_memory, reset_peak_memory
 from masq.report.provenance import provenance
 from masq.report.record import RunRecord, read_record, write_record
 from masq.report.sessions import add_session, differences, sessions
-from masq.report.sinks import require_wandb, send_to_wandb
+from masq.report.sinks import WandbRun, require_wandb, shown_by
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from masq.report.record import ScoreEntry
 
 _LOG = logging.getLogger(__name__)
+LOCK = "lock"
+"""File of a run's folder that is held while a process works on it."""
 
 
 def run(config: RunConfig) -> RunRecord:
@@ -47,6 +49,7 @@ def run(config: RunConfig) -> RunRecord:
     Raises:
         MasqError: bad input, before anything heavy starts wherever that can be known, or a numerical failure. A cell
             that failed leaves a record that says so, and is tried again next time.
+        BusyError: another process works on this cell.
     """
     if config.output.wandb:
         require_wandb()
@@ -55,10 +58,22 @@ def run(config: RunConfig) -> RunRecord:
     key = identity(config, hashes)
     folder = run_folder(config, key)
     finished = _finished(folder)
-    if finished is not None:
-        _LOG.info("%s: finished before, skipped", folder.name)
-        return finished
-    require_writable_folder(folder)
+    if finished is None:
+        require_writable_folder(folder)
+        with exclusive(folder / LOCK):
+            # Another process may have finished it since.
+            finished = _finished(folder)
+            if finished is None:
+                return _run(config, data, hashes, warnings, key)
+    _LOG.info("%s: finished before, skipped", folder.name)
+    return finished
+
+
+def _run(
+    config: RunConfig, data: dict[str, list[Sample]], hashes: dict[str, str], warnings: list[str], key: str
+) -> RunRecord:
+    """Work on a cell that no other process works on."""
+    folder = run_folder(config, key)
     _set_threads(config.threads)
     made_by = provenance(config.seed, hashes, device=config.model.device)
     made_by["earlier_sessions"] = sessions(folder)
@@ -67,7 +82,9 @@ def run(config: RunConfig) -> RunRecord:
     record.warnings.extend([*notes(config), *warnings])
     record.warnings.extend(differences(made_by["earlier_sessions"], made_by, "parts of this run"))
     reset_peak_memory(config.model.device)
-    with _log_file(folder / "log"):
+    output = config.output
+    shown = WandbRun.of_cell(output.wandb_project, output.wandb_group, record, folder) if output.wandb else None
+    with _log_file(folder / "log"), shown_by(shown):
         try:
             _write_config(config, folder)
             _fill(record, config, data, hashes, folder)
@@ -79,8 +96,8 @@ def run(config: RunConfig) -> RunRecord:
         finally:
             if record.status != "running":
                 write_record(record, folder / "record.json")
-    if config.output.wandb:
-        send_to_wandb(record, config.output.wandb_project, folder)
+                if shown is not None:
+                    shown.finish(record, folder / "blocks" if output.wandb_checkpoint else None)
     return record
 
 

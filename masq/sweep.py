@@ -8,7 +8,7 @@ from pathlib import Path
 
 from masq.config import RunConfig
 from masq.decoding import decode_dataclass
-from masq.errors import MasqError
+from masq.errors import BusyError, MasqError
 from masq.files import atomic_write_json, read_json
 from masq.identity import folder_name, run_folder
 
@@ -17,17 +17,24 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell ended: with a record, or with an error.
+    """How a cell ended: with a record, with an error, or left to another process.
 
     Attributes:
         cell: name of the cell.
         record: path of its record.json when it finished.
         error: what went wrong when it did not.
+        busy: another process is working on it.
     """
 
     cell: str
     record: str | None = None
     error: str | None = None
+    busy: bool = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has to be tried again."""
+        return self.error is not None
 
 
 def show_progress() -> None:
@@ -45,6 +52,9 @@ def attempt(config: RunConfig) -> Outcome:
 
         _LOG.info("%s: starting", cell)
         record = run(config)
+    except BusyError:
+        _LOG.info("%s: another process works on it, passed over", cell)
+        return Outcome(cell, busy=True)
     except MasqError as error:
         _LOG.error("%s: %s", cell, error)
         return Outcome(cell, error=str(error))

@@ -303,10 +303,10 @@ def test_doctor_prints_its_report(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_the_configuration_folder_is_found_in_a_checkout_and_in_an_installed_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert compose._config_folder() == ROOT / "conf"
+    assert compose.config_folder() == ROOT / "conf"
     monkeypatch.setattr(compose, "__file__", str(tmp_path / "masq" / "compose.py"))
     assert cli.main(["run", "method=rtn"]) == 2
     assert "configuration files are missing" in capsys.readouterr().err
     (tmp_path / "masq").mkdir()
     (tmp_path / "masq" / "conf").symlink_to(ROOT / "conf")
-    assert compose._config_folder() == tmp_path / "masq" / "conf"
+    assert compose.config_folder() == tmp_path / "masq" / "conf"

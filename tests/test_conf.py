@@ -17,7 +17,8 @@ from masq.errors import ConfigError
 CONF = Path(__file__).parents[1] / "conf"
 # The stages of a method are groups of their own, mounted inside `method`.
 SLOTS = ("rotation", "smoothing", "rounding", "compensation")
-FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
+# Experiments are lists of sweeps; tests/experiment composes their cells.
+FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.parent.name != "experiment")
 
 
 @pytest.fixture(scope="module", autouse=True)

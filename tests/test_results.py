@@ -11,93 +11,85 @@ from experiments import tables
 from experiments.misalignment.report import report
 from masq.config import decode, to_dict
 from masq.errors import ConfigError
+from masq.experiment.definition import cells
+from masq.experiment.records import cell_key, missing, rows, stored_name
+from masq.experiment.running import distinct
 from masq.files import read_json
 from masq.report.record import RunRecord, read_record
 from masq.run import run
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
-TABLES = [name for name in tables.definitions()["tables"] if tables.stored(name)]
+TABLES = [name for name in tables.names() if tables.stored(name)]
 
 
-def records(name: str = "smol_omni") -> dict[str, RunRecord]:
-    return tables.stored(name)
-
-
-def test_the_cells_are_those_of_the_tables_finished_and_clean() -> None:
-    assert {"smol_omni-tri-float-none", "smol_omni-tri-w4a6-rtn", "smol_omni-tri-w4a6-smoothquant"} <= set(records())
-    for name in TABLES:
-        folder = RESULTS / "records" / name
-        assert not folder.exists() or {path.stem for path in folder.glob("*.json")} == set(records(name))
-        for record in records(name).values():
-            assert record.status == "finished"
-            assert record.provenance["dirty"] is False
-            assert not Path(record.config["calibration"]["source"]).is_absolute()
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_records_are_those_of_their_cells(name: str) -> None:
-    """What a record says it did is what the table asks for today, but for options that have come since."""
-    wanted = {tables.cell_name(config): tables.key(to_dict(config)) for config in tables.cells(name)}
-    for cell, record in records(name).items() if wanted else ():
-        assert tables.key(record.config) == wanted[cell], cell
+def test_records_are_those_of_cells_finished_and_clean() -> None:
+    """Every file belongs to a cell of a table, by today's defaults for options that have come since."""
+    wanted = {cell_key(to_dict(config)) for name in tables.names() for config in distinct(tables.table(name))}
+    found = {path: read_record(path) for path in (RESULTS / "records").glob("*.json")}
+    assert len(found) > 50
+    for path, record in found.items():
+        assert record.status == "finished"
+        assert record.provenance["dirty"] is False
+        assert not Path(record.config["calibration"]["source"]).is_absolute()
+        assert path.name == stored_name(record)
+        assert cell_key(record.config) in wanted, path.name
+    assert len({cell_key(record.config) for record in found.values()}) == len(found)
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_all_cells_saw_the_same_data_and_weights(name: str) -> None:
-    seen = [record.provenance["data"] for record in records(name).values()]
+    seen = [record.provenance["data"] for record in tables.stored(name)]
     assert len({data["evaluation"] for data in seen}) == len({data["model"] for data in seen}) == 1
-    by_seed: dict[int, set[str]] = {}
-    for record in records(name).values():
+    by_draw: dict[str, set[str]] = {}
+    for record in tables.stored(name):
         if "calibration" in record.provenance["data"]:
-            by_seed.setdefault(record.config["calibration"]["seed"], set()).add(
-                record.provenance["data"]["calibration"]
-            )
-    assert all(len(hashes) == 1 for hashes in by_seed.values())
+            draw = str({key: record.config["calibration"].get(key) for key in ("seed", "samples_per_task", "mix")})
+            by_draw.setdefault(draw, set()).add(record.provenance["data"]["calibration"])
+    assert all(len(hashes) == 1 for hashes in by_draw.values())
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_are_those_of_the_records(name: str) -> None:
-    assert (RESULTS / "tables" / f"{name}.md").read_text() == tables.render(name)
+    assert (RESULTS / "tables" / f"{name}.md").read_text() == tables.text(name)
 
 
 def test_packed_execution_has_the_numbers_of_the_simulation() -> None:
     """Integer products are exact either way; corrections are summed in another order where linears are stacked."""
-    simulated = records("smol_omni_fidelity")
-    for cell, record in records("smol_omni_packed").items():
+    packed = tables.stored("smol_omni_packed")
+    assert packed
+    for record in packed:
         assert set(record.provenance["kernels"]) == {"cpu"}
+        simulated = tables.cell("smol_omni_fidelity", record.scheme, record.method)
         for name in ("sqnr", "nll", "kl"):
-            wanted = simulated[cell].fidelity[name]
-            assert record.fidelity[name] == pytest.approx(wanted, rel=2e-3, abs=2e-4), (cell, name)
+            wanted = simulated.fidelity[name]
+            assert record.fidelity[name] == pytest.approx(wanted, rel=2e-3, abs=2e-4), (record.method, name)
 
 
 def test_every_table_composes_and_names_its_cells_once() -> None:
-    for name in tables.definitions()["tables"]:
-        names = [tables.cell_name(config) for config in tables.cells(name)]
-        assert len(names) == len(set(names))
+    for name in tables.names():
+        assert len(distinct(tables.table(name))) == len(cells(tables.table(name))), name
     with pytest.raises(ConfigError, match="smol_omni_seeds"):
-        tables.cells("smol_omni_seed")
+        tables.table("smol_omni_seed")
 
 
 def test_a_cell_without_a_record_says_so() -> None:
-    shown = {name: len(tables.rows(name)) for name in TABLES}
-    assert all(count >= len(records(name)) for name, count in shown.items())
     for name in TABLES:
-        missing = sum(record.status != "finished" for record in tables.rows(name))
-        assert missing == shown[name] - len(records(name))
-        assert tables.render(name).count(": not run") >= (missing > 0)
+        left = missing(tables.table(name), tables.index())
+        assert left == len(rows(tables.table(name), tables.index())) - len(tables.stored(name))
+        assert tables.text(name).count(": not run") >= (left > 0)
 
 
 def test_the_discrimination_report_is_that_of_the_records() -> None:
-    assert (RESULTS / "tables" / "discrimination.md").read_text() == report(RESULTS / "records")
+    assert (RESULTS / "tables" / "discrimination.md").read_text() == report(RESULTS / "misalignment")
 
 
 def floats() -> RunRecord:
-    return records()["smol_omni-tri-float-none"]
+    return tables.cell("smol_omni", "float", "none")
 
 
 def test_ranges_were_measured_on_the_weights_of_the_records() -> None:
-    measured = read_json(RESULTS / "records" / "misalignment-smol_omni.json")
+    measured = read_json(RESULTS / "misalignment" / "smol_omni.json")
     assert measured["provenance"]["dirty"] is False
     assert measured["provenance"]["data"]["model"] == floats().provenance["data"]["model"]
     assert len(measured["blocks"]) == 30
@@ -139,7 +131,7 @@ def test_the_float_model_does_its_tasks_and_none_is_too_easy() -> None:
 
 
 def test_rounding_to_nearest_at_w4a6_loses_ten_points_on_two_tasks() -> None:
-    start, rtn = floats().scores, records()["smol_omni-tri-w4a6-rtn"].scores
+    start, rtn = floats().scores, tables.cell("smol_omni", "w4a6", "rtn").scores
     lost = [
         task
         for task, metrics in start.items()

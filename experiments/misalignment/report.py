@@ -19,7 +19,7 @@ from masq.report.record import RunRecord
 SCHEMES = ("w8a8", "w4a8", "w4a6", "w4a4")
 METHODS = ("rtn", "smoothquant")
 TABLES = {"smol_omni": ("smol_omni", "smol_omni_widths"), "smol_vl": ("smol_vl", "smol_vl_widths")}
-"""Tables (``experiments/tables.yaml``) that hold the cells, by model."""
+"""Tables (``conf/experiment/``) that hold the cells, by model."""
 MAIN = {"speech": "wer", "manual": "perplexity", "tale": "perplexity", "choice": "acc_norm"}
 
 
@@ -44,7 +44,7 @@ def _shown(record: RunRecord | None, task: str, start: float | None = None) -> s
 
 def cells(model: str) -> dict[tuple[str, str], RunRecord]:
     """Committed records of a model with scores, by scheme (``float`` where nothing is rounded) and method."""
-    records = [record for name in TABLES[model] for record in stored(name).values()]
+    records = [record for name in TABLES[model] for record in stored(name)]
     return {("float" if record.method == "none" else record.scheme, record.method): record for record in records}
 
 
@@ -112,11 +112,11 @@ def layer_table(record: dict[str, Any], group: str) -> str:
     return tabulate(rows, ["block", *(f"{name} / text" for name in names)], tablefmt="github", disable_numparse=True)
 
 
-def report(records: Path) -> str:
+def report(measurements: Path) -> str:
     """The whole report in Markdown; a model without a float record is left out.
 
     Args:
-        records: folder with the records of ``measure``.
+        measurements: folder with what ``measure`` wrote.
     """
     found = {model: cells(model) for model in TABLES}
     parts = [
@@ -127,7 +127,7 @@ def report(records: Path) -> str:
     for model, runs in found.items():
         if ("float", "none") not in runs:
             continue
-        measured = read_json(records / f"misalignment-{model}.json")
+        measured = read_json(measurements / f"{model}.json")
         parts += [f"## {model}: tasks", task_table(runs)]
         parts += [
             f"## {model}: activation ranges",
@@ -148,12 +148,12 @@ def report(records: Path) -> str:
 
 
 def main() -> None:
-    """Command line: the folder of records, the file to write."""
+    """Command line: the folder of measurements, the file to write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--records", type=Path, default=Path("results/records"))
+    parser.add_argument("--measurements", type=Path, default=Path("results/misalignment"))
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    options.output.write_text(report(options.records))
+    options.output.write_text(report(options.measurements))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Our own kernels for x86 processors: AMX, AVX512 with VNNI (and bfloat16), AVX2, or plain C++; the same integers on each.
+"""Our own kernels for x86 processors: AMX, AVX512 with VNNI or more, AVX2, or plain C++; the same integers on each.
 
 Shapes: N rows, I input channels, O output channels, U smoothing vectors.
 """

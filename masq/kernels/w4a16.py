@@ -2,8 +2,8 @@
 
 Codes are multiplied exactly and summed in float32, and a group's sum is scaled once: an output is within
 ``(I + 4) 2^-24 sum_k |x_k| (|code_k| + zero) scale`` of the float64 product with the dequantized weight. One exception:
-on AMX and AVX512-BF16, of a bfloat16 input with more rows than half the inputs of a group, and several groups, dequantized
-weights are rounded to bfloat16, which adds up to ``2^-8 sum_k |x_k w_k|``.
+with instructions for bfloat16, of such an input with more rows than half the inputs of a group, and several groups,
+dequantized weights are rounded to bfloat16, which adds up to ``2^-8 sum_k |x_k w_k|``.
 
 Shapes: N rows, I input channels, O output channels, G groups of input channels.
 """

@@ -220,10 +220,10 @@ def _learn(
             found = Chain(
                 outputs or run_fake_quantized(block, name, logs, quantized.hidden, replay, own.scheme), replay
             )
-            losses = "nothing to learn"
-            if stored[1]:
-                losses = f"loss {stored[1]['initial_loss']:.4f} -> {stored[1]['final_loss']:.4f}"
-            clock.tick(f"{losses} | {_sqnr_text(_mean_sqnr(targets.pick(shown), found.pick(shown)))}")
+            losses = {key: stored[1][key] for key in ("initial_loss", "final_loss") if key in stored[1]}
+            sqnr = _mean_sqnr(targets.pick(shown), found.pick(shown))
+            text = " -> ".join(f"{loss:.4f}" for loss in losses.values())
+            clock.tick(f"{f'loss {text}' if text else 'nothing to learn'} | {_sqnr_text(sqnr)}", losses | _named(sqnr))
             floats, quantized = targets, targets if stages.smoothing_on_float else found
     return plans
 
@@ -295,7 +295,7 @@ def _quantize(
         _merge(report.blocks, index, {"sqnr": sqnr, **note})
         for role, reason in note.get("rounding_fallbacks", {}).items():
             report.warnings.append(f"{name}.{role}: {reason}")
-        clock.tick(_sqnr_text(sqnr))
+        clock.tick(_sqnr_text(sqnr), _named(sqnr))
 
 
 def _one_of_each_mix(replay: Sequence[ReplayBatch]) -> list[int]:
@@ -308,6 +308,10 @@ def _one_of_each_mix(replay: Sequence[ReplayBatch]) -> list[int]:
 
 def _sqnr_text(sqnr: dict[str, float]) -> str:
     return "SQNR dB " + " ".join(f"{key} {value:.1f}" for key, value in sqnr.items())
+
+
+def _named(sqnr: dict[str, float]) -> dict[str, float]:
+    return {f"sqnr_{key}": value for key, value in sqnr.items()}
 
 
 def _mean_sqnr(targets: Chain, outputs: Chain) -> dict[str, float]:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from masq.errors import ConfigError
+from masq.errors import ConfigError, unknown_name
 from masq.numerics.scheme import GroupName, TensorFormat
 
 _GROUPS: tuple[GroupName, ...] = ("qkv", "output", "gate_up")
@@ -202,7 +202,7 @@ class LearnedModalitySmoothing:
         groups: the groups of linears that are smoothed.
         epochs: passes over the calibration batches; 0 keeps the starting factors.
         learning_rate: of Adam on log s.
-        loss_weights: lambda of each modality (1 in the paper); all three must be given.
+        loss_weights: lambda of each modality, 1 where it is left out (1 for all in the paper).
         objective: error of the output of the decoder ``block`` against the float chain (the released code), or of each
             ``linear`` against the float linear on the same input (equation 14).
         mean: of the error over each ``modality``'s tokens (equation 14), or over all (the released code: ``token``).
@@ -237,7 +237,7 @@ class LearnedSharedSmoothing:
         groups: the groups of linears that are smoothed.
         epochs: passes over the calibration batches; 0 keeps the starting factor.
         learning_rate: of Adam on log s.
-        loss_weights: lambda of each modality; all three must be given.
+        loss_weights: lambda of each modality, 1 where it is left out.
         objective: see ``LearnedModalitySmoothing``.
         mean: see ``LearnedModalitySmoothing``.
     """
@@ -266,10 +266,12 @@ def _check_learned(config: LearnedSmoothing) -> None:
         raise ConfigError("epochs must not be negative", value=config.epochs)
     if not 0 < config.learning_rate < float("inf"):
         raise ConfigError("learning_rate must be positive and finite", value=config.learning_rate)
-    loss_weights = config.loss_weights
+    unknown = sorted(set(config.loss_weights) - set(_unit_weights()))
+    if unknown:
+        raise unknown_name("modality of loss_weights", unknown[0], _unit_weights())
+    loss_weights = {**_unit_weights(), **config.loss_weights}
+    object.__setattr__(config, "loss_weights", loss_weights)  # frozen: what was left out is filled in once, here
     weights = loss_weights.values()
-    if set(loss_weights) != set(_unit_weights()):
-        raise ConfigError("loss_weights must give text, vision and audio", value=dict(loss_weights))
     if not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
         raise ConfigError("loss_weights must be finite, not negative, and not all zero", value=dict(loss_weights))
 
