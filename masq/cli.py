@@ -10,17 +10,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from masq import __version__
 from masq.config import RunConfig, load
 from masq.errors import ConfigError, MasqError, suggestion
+from masq.experiment import commands
 from masq.files import atomic_write_bytes, find_files, require_writable_folder
 from masq.identity import run_folder
 from masq.sweep import Outcome, read_outcome, show_progress
-
-if TYPE_CHECKING:
-    from masq.experiment.definition import Experiment
 
 _OVERRIDE_HELP = """\
 Overrides are KEY=VALUE. A group takes one of its files (conf/<group>/), any other key a value:
@@ -64,16 +61,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: list[str]) -> tuple[Callable[[argparse.Namespace], int], argparse.Namespace]:
     """The command and its options; argparse itself answers ``--help``."""
-    commands = {
+    entries = {
         "run": (_run_parser, _run, "quantize and score a model"),
-        "sweep-status": (_plan_parser, _sweep_status, "how far the cells of an experiment have come"),
+        "sweep-status": (_plan_parser, commands.sweep_status, "how far the cells of an experiment have come"),
         "table": (_table_parser, _table, "one row for each finished run"),
         "compare": (
             _compare_parser,
             _compare,
             "what differs between runs on the same samples, and whether it is chance",
         ),
-        "compare-paper": (_compare_paper_parser, _compare_paper, "the table of a paper beside ours"),
+        "compare-paper": (
+            commands.compare_paper_parser,
+            commands.compare_paper(_show),
+            "the table of a paper beside ours",
+        ),
+        "report": (commands.report_parser, commands.report, "an experiment as a page, and its table for a paper"),
         "export": (_export_parser, _export, "a finished run as a checkpoint that transformers loads"),
         "plan": (_plan_parser, _plan, "what a run would do and need, before anything is loaded"),
         "audit": (_plan_parser, _audit, "every hyper-parameter of a method, with its source"),
@@ -83,7 +85,7 @@ def _parse(arguments: list[str]) -> tuple[Callable[[argparse.Namespace], int], a
         prog="masq",
         description="Post-training quantization of multimodal language models.",
         epilog="commands:\n"
-        + "\n".join(f"  {name:13} {text}" for name, (_, _, text) in commands.items())
+        + "\n".join(f"  {name:13} {text}" for name, (_, _, text) in entries.items())
         + "\n\nmasq COMMAND --help tells more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -93,9 +95,9 @@ def _parse(arguments: list[str]) -> tuple[Callable[[argparse.Namespace], int], a
         top.print_help()
         raise SystemExit(2)
     name = top.parse_args(arguments[:1]).command
-    if name not in commands:
-        raise ConfigError("unknown command", value=name, remedy=suggestion(name, commands))
-    build, command, text = commands[name]
+    if name not in entries:
+        raise ConfigError("unknown command", value=name, remedy=suggestion(name, entries))
+    build, command, text = entries[name]
     parser = argparse.ArgumentParser(
         prog=f"masq {name}",
         description=text[0].upper() + text[1:] + ".",
@@ -131,16 +133,6 @@ def _compare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="write here instead of to the terminal")
 
 
-def _compare_paper_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", metavar="EXPERIMENT", help="a file of conf/experiment/ with a table of a paper")
-    parser.add_argument("--scale", help="full (the paper's models) or smol (the embedded ones); full where there is it")
-    parser.add_argument(
-        "--records", metavar="FOLDER", nargs="+", default=["runs"], help="folders of runs or of records"
-    )
-    parser.add_argument("--format", choices=("markdown", "latex"), default="markdown")
-    parser.add_argument("--output", metavar="FILE", help="write here instead of to the terminal")
-
-
 def _export_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run", metavar="RUN_FOLDER", help="<output.root>/<model>-<modality>-<scheme>-<method>-<identity>"
@@ -160,9 +152,9 @@ def _doctor_parser(_parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    found = _experiment(options)
+    found = commands.named(options)
     if found is not None:
-        return _run_experiment(found)
+        return commands.run(found)
     configs = _configs(options)
     for root in {config.output.root for config in configs}:
         require_writable_folder(root)
@@ -181,64 +173,12 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if record.status == "finished" else 1
 
 
-def _run_experiment(found: Experiment) -> int:
-    from masq.experiment.definition import cells
-    from masq.experiment.records import RecordIndex, render
-    from masq.experiment.running import run_experiment, show_in_wandb
-
-    show_progress()
-    roots = {Path(config.output.root): None for config in cells(found)}
-    for root in roots:
-        require_writable_folder(root)
-    outcomes = run_experiment(found)
-    if any(outcome.record for outcome in outcomes):
-        index = RecordIndex.of_folders(*roots)
-        print(render(found, index))
-        show_in_wandb(found, index)
-    return _show_ends(outcomes)
-
-
-def _sweep_status(options: argparse.Namespace) -> int:
-    found = _experiment(options)
-    if found is None:
-        raise ConfigError("sweep-status needs an experiment", remedy="write experiment=NAME; see conf/experiment/")
-    from masq.experiment.running import render_status, status
-
-    print(render_status(status(found)))
-    return 0
-
-
-def _compare_paper(options: argparse.Namespace) -> int:
-    from masq.experiment.compare_paper import compare_paper
-    from masq.experiment.definition import experiment
-    from masq.experiment.records import RecordIndex
-
-    index = RecordIndex.of_folders(*(Path(folder) for folder in options.records))
-    text = compare_paper(experiment(options.experiment, options.scale), index, options.format)
-    return _show(text, options.output)
-
-
-def _experiment(options: argparse.Namespace) -> Experiment | None:
-    """The experiment that the overrides name, if any, changed by the other overrides."""
-    from masq.experiment.definition import changed, experiment, split
-
-    name, scale, overrides = split(options.overrides)
-    if name is None:
-        return None
-    if options.config or options.multirun:
-        raise ConfigError("an experiment has its own sweeps", value=name, remedy="leave out -m and --config")
-    return changed(experiment(name, scale), overrides)
-
-
 def _plan(options: argparse.Namespace) -> int:
     from masq.plan import plan, render
 
-    found = _experiment(options)
+    found = commands.named(options)
     if found is not None:
-        from masq.experiment.planning import render_experiment
-
-        print(render_experiment(found))
-        return 0
+        return commands.plan(found)
     print("\n\n".join(render(plan(config)) for config in _configs(options)))
     return 0
 
@@ -325,16 +265,4 @@ def _show_outcomes(outcomes: Sequence[Outcome]) -> int:
     if paths:
         # Cells with the same identity (the float model under several schemes) share one record.
         print(table([read_record(Path(path)) for path in dict.fromkeys(paths)]))
-    return _show_ends(outcomes)
-
-
-def _show_ends(outcomes: Sequence[Outcome]) -> int:
-    """Print how many cells finished, and the others; exit status 1 if any failed."""
-    print(f"\n{sum(outcome.record is not None for outcome in outcomes)} of {len(outcomes)} runs finished")
-    busy = sum(outcome.busy for outcome in outcomes)
-    if busy:
-        print(f"{busy} left to another process that works on them; the same command shows them when it is done")
-    for outcome in outcomes:
-        if outcome.error is not None:
-            print(f"failed: {outcome.cell}: {outcome.error}", file=sys.stderr)
-    return 1 if any(outcome.failed for outcome in outcomes) else 0
+    return commands.show_ends(outcomes)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments import tables
+from experiments.bench import packed_model
 from experiments.misalignment.report import report
 from masq.config import decode, to_dict
 from masq.errors import ConfigError
@@ -100,6 +101,20 @@ def test_the_readme_repeats_the_short_table() -> None:
     readme = (ROOT / "README.md").read_text().splitlines()
     assert rows
     assert [line for line in readme if line in rows] == rows
+
+
+def test_the_readme_repeats_the_measured_speed() -> None:
+    readme = (ROOT / "README.md").read_text()
+    tables_of_record = (RESULTS / "tables" / "packed_model.md").read_text().split("\n\n")[:-1]
+    again = packed_model.render(read_json(RESULTS / "bench" / "packed_model.json"))
+    assert again.split("\n\n")[:-1] == tables_of_record
+    assert all(part.strip() in readme for part in tables_of_record)
+
+
+def test_scores_through_the_harness_cost_little_more() -> None:
+    measured = read_json(RESULTS / "bench" / "harness.json")
+    assert measured["provenance"]["dirty"] is False
+    assert measured["ratio"] <= measured["limit"] == 1.15
 
 
 def subset_samples() -> int:

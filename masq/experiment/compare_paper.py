@@ -51,13 +51,23 @@ def compare_paper(found: Experiment, index: RecordIndex, format: str = "markdown
     Raises:
         ConfigError: the experiment has no table of a paper.
     """
+    shown, notes = paper_rows(found, index)
+    return text_table(shown, 4 if found.scale == "full" else 2, notes, format)
+
+
+def paper_rows(found: Experiment, index: RecordIndex) -> tuple[list[list[str]], Sequence[str]]:
+    """The cells of that table, headings first, and the notes below it.
+
+    Raises:
+        ConfigError: the experiment has no table of a paper.
+    """
     if found.paper is None:
         raise ConfigError(f"experiment {found.name} has no table of a paper to be compared with")
     records = [record for record in rows(found, index) if record.status == "finished"]
     cells = reported(found.paper)
     if found.scale == "full":
-        return text_table(_full(cells, records), 4, _FULL_NOTES, format)
-    return text_table(_gains(cells, records), 2, _GAIN_NOTES, format)
+        return _full(cells, records), _FULL_NOTES
+    return _gains(cells, records), _GAIN_NOTES
 
 
 _FULL_NOTES = (

@@ -95,7 +95,7 @@ def render(found: Experiment, index: RecordIndex, format: str = "markdown") -> s
         raise DataError(
             f"no cell of {found.title} was run", remedy=f"masq run experiment={found.name} scale={found.scale}"
         )
-    return table(records, _columns(records, found.columns), format)
+    return table(records, columns_of(records, found.columns), format)
 
 
 def stored_name(record: RunRecord) -> str:
@@ -103,7 +103,7 @@ def stored_name(record: RunRecord) -> str:
     return f"{folder_name(decode({**record.config, 'output': {}}), record.identity)}.json"
 
 
-def _columns(records: Sequence[RunRecord], wanted: Sequence[str] | None) -> list[str] | None:
+def columns_of(records: Sequence[RunRecord], wanted: Sequence[str] | None) -> list[str] | None:
     """Those of the wanted columns that any record has."""
     if wanted is None:
         return None

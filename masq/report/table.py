@@ -73,7 +73,7 @@ def table(
         raise unknown_name("table format", format, FORMATS)
     if not records:
         raise DataError("a table needs at least one record", remedy="give record.json files or the folders of runs")
-    chosen = _choose(available_columns(records), columns)
+    chosen = choose_columns(available_columns(records), columns)
     labels = labels_of(records)
     if format == "csv":
         return _csv(records, labels, chosen)
@@ -134,7 +134,7 @@ def _sample_notes(records: Sequence[RunRecord]) -> list[str]:
         for task, metrics in record.scores.items():
             counts.setdefault(task, set()).update(int(score["n"]) for score in metrics.values())
     sizes = [f"{task} {'/'.join(str(n) for n in sorted(values))}" for task, values in counts.items()]
-    calibration = list(dict.fromkeys(_calibration(record) for record in records if not _is_float(record)))
+    calibration = list(dict.fromkeys(_calibration(record) for record in records if not is_float(record)))
     presets = sorted({str(r.config["preset"]) for r in records if r.config.get("preset")})
     notes = [f"Evaluation samples: {', '.join(sizes)}. ± is one standard error."] if sizes else []
     notes += _split_notes(records)
@@ -146,7 +146,7 @@ def _sample_notes(records: Sequence[RunRecord]) -> list[str]:
 
 def _execution(record: RunRecord) -> str:
     """Whether the quantized linears were simulated, or which kernels ran them packed."""
-    if _is_float(record):
+    if is_float(record):
         return ABSENT
     kernels = record.provenance.get("kernels")
     return f"packed ({', '.join(sorted(kernels))})" if kernels else "simulated"
@@ -183,18 +183,19 @@ def _model_notes(records: Sequence[RunRecord]) -> list[str]:
             "The float model is the dequantized Q4_1 SmolLM2-135M-Instruct with our towers: asymmetric 4-bit weights "
             "in groups of 32 would be lossless on it and are not ranked."
         )
-    if any(_is_float(r) for r in records):
+    if any(is_float(r) for r in records):
         notes.append("float is the model as it was loaded.")
     return notes
 
 
-def _is_float(record: RunRecord) -> bool:
+def is_float(record: RunRecord) -> bool:
     """Whether nothing was rounded, whatever the method is called."""
     rounding = _lookup(record.config, "method", "rounding")
     return isinstance(rounding, dict) and rounding.get("kind") == "none"
 
 
-def _choose(available: list[Column], wanted: Sequence[str] | None) -> list[Column]:
+def choose_columns(available: list[Column], wanted: Sequence[str] | None) -> list[Column]:
+    """Those that keys or prefixes name, all for None."""
     if wanted is None:
         return available
     chosen = []
@@ -208,14 +209,14 @@ def _choose(available: list[Column], wanted: Sequence[str] | None) -> list[Colum
 
 def labels_of(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Leading text columns: title and text by record; all but scheme and method only when they vary."""
-    schemes = ["float" if _is_float(record) else record.scheme for record in records]
+    schemes = ["float" if is_float(record) else record.scheme for record in records]
     labels = [
         ("model", [str(_lookup(record.config, "model", "name")) for record in records]),
         ("modality", [str(_lookup(record.config, "modality", "name")) for record in records]),
         ("scheme", schemes),
         ("method", [record.method for record in records]),
-        ("calibration", [ABSENT if _is_float(record) else _calibration(record) for record in records]),
-        ("seed", [ABSENT if _is_float(r) else str(_lookup(r.config, "calibration", "seed")) for r in records]),
+        ("calibration", [ABSENT if is_float(record) else _calibration(record) for record in records]),
+        ("seed", [ABSENT if is_float(r) else str(_lookup(r.config, "calibration", "seed")) for r in records]),
         ("execution", [_execution(record) for record in records]),
     ]
     return [
@@ -278,21 +279,21 @@ def _text_rows(
     records: Sequence[RunRecord], labels: list[tuple[str, list[str]]], columns: list[Column], mark: str, *, bold: bool
 ) -> list[list[str]]:
     rows = [[title for title, _ in labels] + [column.title + arrow(column.higher_is_better) for column in columns]]
-    best = {column.key: _best(column, records) for column in columns} if bold else {}
+    best = {column.key: best_value(column, records) for column in columns} if bold else {}
     for position, record in enumerate(records):
         cells = [values[position] for _, values in labels]
         for column in columns:
             value, error = column.read(record)
             text = number(value, error, column.digits) + ("" if column.valid(record) else INVALID)
             is_best = value is not None and column.valid(record) and value == best.get(column.key)
-            cells.append(mark.format(text) if is_best and not _is_float(record) else text)
+            cells.append(mark.format(text) if is_best and not is_float(record) else text)
         rows.append(cells)
     return rows
 
 
-def _best(column: Column, records: Sequence[RunRecord]) -> float | None:
+def best_value(column: Column, records: Sequence[RunRecord]) -> float | None:
     """Best value among quantized rows: the float model and scores that are not valid compete with nobody."""
-    values = [column.read(r)[0] for r in records if not _is_float(r) and column.valid(r)]
+    values = [column.read(r)[0] for r in records if not is_float(r) and column.valid(r)]
     finite = [value for value in values if value is not None and not math.isnan(value)]
     if column.higher_is_better is None or not finite:
         return None
