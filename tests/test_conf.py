@@ -17,8 +17,9 @@ from masq.errors import ConfigError
 CONF = Path(__file__).parents[1] / "conf"
 # The stages of a method are groups of their own, mounted inside `method`.
 SLOTS = ("rotation", "smoothing", "rounding", "compensation")
-# Experiments are lists of sweeps; tests/experiment composes their cells.
-FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.parent.name != "experiment")
+APART = ("experiment", "hydra")
+# Experiments are lists of sweeps, tests/experiment composes their cells; launchers are Hydra's.
+FILES = [path for path in sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml")) if path.parts[0] not in APART]
 
 
 @pytest.fixture(scope="module", autouse=True)

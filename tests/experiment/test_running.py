@@ -142,7 +142,7 @@ def test_a_sweep_that_is_killed_ends_with_the_records_of_an_undisturbed_one(data
     """Forty cells, five kills; a cell that had finished is not touched again."""
     sweep = ["experiment=smol_omni_packed", "method=rtn,smoothquant,gptq,quarot_gptq,masquant", "seed=0,1,2,3"]
     sweep += ["scheme=w4a8,w8a8", "evaluation=fidelity"]
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    undisturbed, killed = tmp_path / "undisturbed" / "runs", tmp_path / "killed" / "runs"
     subprocess.run(command(data, undisturbed, *sweep), check=True, capture_output=True)
     kill_at_random(command(data, killed, *sweep), 5, (6, 20), seed=0)
     wanted = comparable_records(undisturbed)
@@ -151,10 +151,10 @@ def test_a_sweep_that_is_killed_ends_with_the_records_of_an_undisturbed_one(data
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "ray"])
-def test_launchers_survive_a_killed_worker(data: list[str], tmp_path: Path, launcher: str) -> None:
+@pytest.mark.parametrize(("launcher", "plugin"), [("local", "joblib"), ("ray", "ray")])
+def test_launchers_survive_a_killed_worker(data: list[str], tmp_path: Path, launcher: str, plugin: str) -> None:
     """One worker of a local cluster is killed while it works; the same command then finishes the rest."""
-    pytest.importorskip(f"hydra_plugins.hydra_{launcher}_launcher")
+    pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
     sweep = ["experiment=smol_omni_packed", "method=rtn,smoothquant,masquant", "seed=0,1", f"hydra/launcher={launcher}"]
     arguments = command(data, tmp_path, *sweep)
     process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
