@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from experiments.bench.interleaved import interleave
 from masq.calibration.data import load_samples
 from masq.compose import compose
 from masq.files import atomic_write_bytes, atomic_write_json
-from masq.models.base import GROUPS, EncodedBatch, Modality, ModelAdapter, Role
+from masq.models.base import GROUPS, BlockAdapter, EncodedBatch, Modality, ModelAdapter, Role
 from masq.models.decoder import LlamaBlock
 from masq.models.zoo.smol_omni import data_path
 from masq.modules.modality import ModalityContext
@@ -41,34 +42,55 @@ RANK_RATIOS = (0.0, 0.02, 0.05)
 PREFILL = 256
 NEW_TOKENS = 32
 TEXT_SHARE = 1 / 3
-# Qwen2.5-VL-3B-Instruct, one block; vocabulary and vision tower play no part in it.
-BLOCK_3B = {
-    "hidden_size": 2048,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+# Decoders of Qwen2.5-VL; vocabulary and vision tower play no part in a block.
+ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+SHAPES: dict[str, dict[str, Any]] = {
+    "3B": {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 128,
+        "rope_parameters": ROPE,
+    },
+    "7B": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 128,
+        "rope_parameters": ROPE,
+    },
 }
 
 
-def random_decoder() -> Any:
-    """A text model of one block with random weights in bf16."""
+def random_decoder(shape: str, num_blocks: int = 1) -> Any:
+    """A text model with the blocks of a model of ``SHAPES``, random weights in bf16."""
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
     torch.manual_seed(0)
-    return Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**BLOCK_3B)).bfloat16().eval()
+    config = Qwen2_5_VLTextConfig(**SHAPES[shape], num_hidden_layers=num_blocks)
+    return Qwen2_5_VLTextModel(config).bfloat16().eval()
 
 
-def packed_decoder(decoder: Any, scheme_name: str, rank_ratio: float, context: ModalityContext) -> Any:
-    """The same with packed linears: smoothing of two modalities, and corrections of vision but for ``down``."""
+def packed_decoder(
+    decoder: Any, scheme_name: str, rank_ratio: float, context: ModalityContext, *, by_modality: bool = True
+) -> Any:
+    """The same with packed linears: smoothing of two modalities, and corrections of vision but for ``down``.
+
+    Args:
+        decoder: in bf16.
+        scheme_name: of weights and inputs.
+        rank_ratio: of the corrections, 0 for none.
+        context: modality of every token.
+        by_modality: False for one factor for all, which norms absorb: nothing is smoothed at run time.
+    """
     scheme = Scheme.preset(scheme_name)
     assert scheme.weight is not None
     model = copy.deepcopy(decoder)
-    block = LlamaBlock(model.layers[0], model.config)
-    for group, roles in GROUPS.items():
+    blocks = [LlamaBlock(layer, model.config) for layer in model.layers]
+    for block, (group, roles) in itertools.product(blocks, GROUPS.items()):
         smoothing = {m: torch.rand(block.linear(roles[0]).in_features) + 0.5 for m in (Modality.TEXT, Modality.VISION)}  # type: ignore[operator]
         for role in roles:
             linear: Any = block.linear(role)
@@ -79,23 +101,23 @@ def packed_decoder(decoder: Any, scheme_name: str, rank_ratio: float, context: M
                 bias=linear.bias,
                 activation=scheme.activation,
                 context=context,
-                smoothing=None if role is Role.DOWN else smoothing,
+                smoothing=smoothing if by_modality and role is not Role.DOWN else None,
                 corrections={Modality.VISION: (sides[0].bfloat16(), sides[1].bfloat16())} if rank else None,
                 dtype=torch.bfloat16,
             )
-            block.set_linear(role, layer)
-    pack_blocks([block], "auto")
+            block.set_linear(role, layer.to(linear.weight.device))
+    model.kernels = pack_blocks(blocks, "auto")  # what ran, for the record
     return model
 
 
 @torch.inference_mode()
 def measure_block(budget: float) -> list[dict[str, Any]]:
     """Prefill of one block in bf16, packed, and packed with corrections."""
-    decoder, context = random_decoder(), ModalityContext()
+    decoder, context = random_decoder("3B"), ModalityContext()
     ids = torch.zeros(1, PREFILL, dtype=torch.int8)
     ids[:, int(TEXT_SHARE * PREFILL) :] = int(Modality.VISION)
     context.set(ids)
-    hidden = torch.randn(1, PREFILL, BLOCK_3B["hidden_size"]).bfloat16()  # type: ignore[arg-type]
+    hidden = torch.randn(1, PREFILL, SHAPES["3B"]["hidden_size"]).bfloat16()
     models = {BASE: decoder}
     for scheme in ("w8a8", "w4a8"):
         for ratio in RANK_RATIOS:
@@ -123,10 +145,10 @@ def quantized(folder: Path, scheme: str, method: list[str]) -> ModelAdapter:
     return load_finished(next(folder.glob(f"*-{record.identity[:10]}")))
 
 
-def linear_bytes(adapter: ModelAdapter) -> int:
+def linear_bytes(blocks: Sequence[BlockAdapter]) -> int:
     """Memory of the linears of all blocks, with everything that they hold."""
     total, seen = 0, set()
-    for block in adapter.blocks():
+    for block in blocks:
         for role in (role for roles in GROUPS.values() for role in roles):
             linear: Any = block.linear(role)
             if isinstance(linear, PackedLinear):
@@ -166,13 +188,13 @@ def measure_model(budget: float) -> list[dict[str, Any]]:
         for part, make in parts.items():
             found = interleave({name: make(adapter) for name, adapter in models.items()}, BASE, budget)
             cells += [{"part": part, "name": name, **asdict(timing)} for name, timing in found.items()]
-        base = linear_bytes(models[BASE])
+        base = linear_bytes(models[BASE].blocks())
         cells += [
             {
                 "part": "memory of the linears",
                 "name": name,
-                "bytes": linear_bytes(adapter),
-                "share": linear_bytes(adapter) / base,
+                "bytes": linear_bytes(adapter.blocks()),
+                "share": linear_bytes(adapter.blocks()) / base,
             }
             for name, adapter in models.items()
         ]

@@ -25,6 +25,7 @@ class Reported:
         method: see ``model``.
         bits: see ``model``.
         benchmark: see ``model``.
+        metric: accuracy, WER, prefill_ms, ...
         value: as printed.
         higher_is_better: its direction.
     """
@@ -34,6 +35,7 @@ class Reported:
     method: str
     bits: str
     benchmark: str
+    metric: str
     value: float
     higher_is_better: bool
 
@@ -108,7 +110,7 @@ def names() -> Names:
 
 
 def _row(row: Mapping[str, Any]) -> Reported:
-    keys = ("table", "model", "method", "bits", "benchmark", "higher_is_better")
+    keys = ("table", "model", "method", "bits", "benchmark", "metric", "higher_is_better")
     return Reported(**{key: row[key] for key in keys}, value=float(row["value"]))
 
 
