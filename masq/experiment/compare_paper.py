@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from masq.errors import ConfigError
@@ -17,7 +17,7 @@ from masq.evaluation.outcomes import Outcomes
 from masq.evaluation.statistics import paired
 from masq.experiment.definition import Experiment
 from masq.experiment.records import RecordIndex, rows
-from masq.experiment.reported import Benchmark, Reported, names, reported
+from masq.experiment.reported import FLOAT_BITS, FLOAT_METHOD, Benchmark, Reported, names, reported
 from masq.report.record import RunRecord
 from masq.report.table import ABSENT, text_table
 
@@ -183,9 +183,7 @@ def _record(cell: Reported, records: Iterable[RunRecord]) -> RunRecord | None:
 
 
 def _float(cell: Reported, records: Iterable[RunRecord]) -> RunRecord | None:
-    return _record(
-        Reported(cell.table, cell.model, "Dense", "FP16", cell.benchmark, 0.0, cell.higher_is_better), records
-    )
+    return _record(replace(cell, method=FLOAT_METHOD, bits=FLOAT_BITS), records)
 
 
 def _named(records: Iterable[RunRecord], bits: str, method: str) -> RunRecord | None:
