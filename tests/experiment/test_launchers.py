@@ -28,3 +28,10 @@ def test_slurm() -> None:
     settings = composed("slurm")
     assert settings._target_ == "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
     assert (settings.gpus_per_node, settings.array_parallelism, settings.timeout_min) == (1, 16, 720)
+
+
+def test_a_ray_cluster() -> None:
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
+    settings = composed("cluster")
+    assert settings._target_ == "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
+    assert (settings.ray.init.num_cpus, settings.ray.remote.num_cpus) == (2, 1)

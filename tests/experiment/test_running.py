@@ -151,7 +151,7 @@ def test_a_sweep_that_is_killed_ends_with_the_records_of_an_undisturbed_one(data
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "plugin"), [("local", "joblib"), ("ray", "ray")])
+@pytest.mark.parametrize(("launcher", "plugin"), [("local", "joblib"), ("cluster", "ray")])
 def test_launchers_survive_a_killed_worker(data: list[str], tmp_path: Path, launcher: str, plugin: str) -> None:
     """One worker of a local cluster is killed while it works; the same command then finishes the rest."""
     pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
