@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from experiments.residual.measure import RATIOS, effective_rank, measure_linear, spectra, sqnr_by_ratio
+from experiments.residual.report import report
 from masq.calibration.statistics import GroupStatistics
 from masq.compensation.low_rank import fit_low_rank_from_covariance
+from masq.files import read_json
 from masq.models.base import Modality
 from masq.numerics.affine import fake_quantize
 from masq.numerics.linalg import whitener
 from masq.numerics.scheme import TensorFormat
 
+ROOT = Path(__file__).parent.parent
 INNER, OUTER = 20, 33
 FORMAT = TensorFormat(4)
+
+
+def test_the_committed_table_is_that_of_the_record() -> None:
+    measured = read_json(ROOT / "results" / "residual" / "smol_omni.json")
+    assert measured["provenance"]["dirty"] is False
+    assert (ROOT / "results" / "tables" / "residual.md").read_text() == report(measured)
 
 
 def rand(*shape: int, seed: int) -> torch.Tensor:
