@@ -14,10 +14,11 @@ AUTO = "auto"
 
 KERNELS: Registry[type[Kernel]] = Registry("kernel")
 KERNELS.register("cpu", "masq.kernels.cpu:CpuKernel")
+KERNELS.register("triton", "masq.kernels.triton.kernel:TritonKernel")
 KERNELS.register("torch", "masq.kernels.torch_int8:TorchKernel")
 KERNELS.register("reference", "masq.kernels.reference:ReferenceKernel")
 
-PREFERENCE = ("cpu", "torch", "reference")
+PREFERENCE = ("cpu", "triton", "torch", "reference")
 """Fastest first; the last runs everything everywhere."""
 
 

@@ -1,0 +1,254 @@
+"""Triton code of products: int8 rows times int8 or int4 weights, and the first factor of a low-rank correction.
+
+A tile is computed transposed, outputs by rows, ``acc[BLOCK_N, BLOCK_M] = W X^T``: 4-bit weights are then unpacked in the
+registers from which tensor cores take their first operand (the arrangement of LiquidGEMM, arXiv 2509.01229), and few
+rows are the flexible side of an instruction. Sums over codes are int32 and exact in any order. Two 4-bit codes a byte
+stay multiplied by 16 (the upper half of a byte as it is, the lower one shifted), which the epilogue takes back.
+
+Shapes: M rows, N outputs, K inputs padded to whole blocks of 128, S slices of K; n corrected rows and R ranks.
+"""
+
+# Triton reads these functions as a language of its own: pyright sees the annotations only.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOptionalOperand=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from masq.kernels.triton.device_rows import rounded
+
+BLOCK = 128
+"""Inputs that one line of 4-bit weights holds: byte j has input j in its lower half and input 64 + j in its upper."""
+_BLOCK, _HALF = tl.constexpr(BLOCK), tl.constexpr(BLOCK // 2)
+
+
+@triton.jit
+def _halves(packed, INTERPRETED: tl.constexpr):
+    """Bytes to 16 times their lower and upper codes, int8; four bytes at a time on a GPU."""
+    if INTERPRETED:
+        return (packed << 4).to(tl.int8, bitcast=True), (packed & 0xF0).to(tl.int8, bitcast=True)
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 up; shl.b32 up, $2, 4; and.b32 $0, up, 0xF0F0F0F0; and.b32 $1, $2, 0xF0F0F0F0; }",
+        "=r,=r,r",
+        [packed],
+        dtype=(tl.int8, tl.int8),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _sums4(x, w, row, out, num_inner, first, last, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRETED: tl.constexpr):
+    """16 times the int32 sums over blocks ``first`` to ``last`` of 4-bit weights uint8 [N, K / 2]."""
+    byte = tl.arange(0, _HALF)
+    x_at = x + row[None, :] * num_inner + byte[:, None]
+    w_at = w + out[:, None] * (num_inner // 2) + byte[None, :]
+    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    for block in range(first, last):
+        lower, upper = _halves(tl.load(w_at + block * _HALF), INTERPRETED)
+        sums = tl.dot(lower, tl.load(x_at + block * _BLOCK), sums, out_dtype=tl.int32)
+        sums = tl.dot(upper, tl.load(x_at + block * _BLOCK + _HALF), sums, out_dtype=tl.int32)
+    return sums
+
+
+@triton.jit
+def _sums8(x, w, row, out, num_inner, first, last, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """int32 sums over inputs ``first * 128`` to ``last * 128`` of 8-bit weights int8 [N, K]."""
+    inner = tl.arange(0, BLOCK_K)
+    x_at = x + row[None, :] * num_inner + inner[:, None]
+    w_at = w + out[:, None] * num_inner + inner[None, :]
+    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    for start in range(first * _BLOCK, last * _BLOCK, BLOCK_K):
+        sums = tl.dot(tl.load(w_at + start), tl.load(x_at + start), sums, out_dtype=tl.int32)
+    return sums
+
+
+@triton.jit
+def _scaled(sums, x_scale, w_scale, row, out, there_m, there_n, FOUR: tl.constexpr):
+    """Sums rounded once to float32, times the scale of their row, times that of their output."""
+    y = sums.to(tl.float32)
+    if FOUR:
+        y *= 0.0625
+    y *= tl.load(x_scale + row, mask=there_m, other=0.0)[None, :]
+    return y * tl.load(w_scale + out, mask=there_n, other=0.0)[:, None]
+
+
+@triton.jit
+def _corrected(y, u, place, width, right, depth, parts, out, NUM_PARTS: tl.constexpr, RANKS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Add U L2 of one modality to the outputs of a tile, part by part.
+
+    ``u``: [n, width], row ``place`` of it corrects a row, none where it is negative; ``right``: L2^T [N, depth];
+    ``parts``: int32 [NUM_PARTS, 4], first output, end, first column of U and rank of each part.
+    """
+    first, end = tl.min(out), tl.max(out) + 1
+    rank = tl.arange(0, RANKS)
+    u_at = u + place[None, :].to(tl.int64) * width + rank[:, None]
+    right_at = right + out[:, None] * depth + rank[None, :]
+    for part in range(NUM_PARTS):
+        begins, ends = tl.load(parts + part * 4), tl.load(parts + part * 4 + 1)
+        column, count = tl.load(parts + part * 4 + 2), tl.load(parts + part * 4 + 3)
+        if (begins < end) & (ends > first):
+            own = (out >= begins) & (out < ends)
+            for start in tl.range(0, count, RANKS, num_stages=1):
+                here = start + rank < count
+                a = tl.load(right_at + start, mask=own[:, None] & here[None, :], other=0.0)
+                b = tl.load(u_at + column + start, mask=(place >= 0)[None, :] & here[:, None], other=0.0)
+                if INTERPRETED:
+                    a, b = a.to(tl.float32), b.to(tl.float32)
+                y = tl.dot(a, b, y)
+    return y
+
+
+@triton.jit
+def _tile(num_rows, num_outputs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Which rows and outputs a program computes: ``GROUP`` tiles of rows share a column of weights while it is hot."""
+    tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_outputs, BLOCK_N)
+    program = tl.program_id(0)
+    group = program // (GROUP * tiles_n)
+    size = tl.minimum(tiles_m - group * GROUP, GROUP)
+    within = program % (GROUP * tiles_n)
+    row = (group * GROUP + within % size) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return row, (within // size) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def multiply(  # noqa: C901, PLR0912, PLR0913
+    x,
+    x_scale,
+    w,
+    w_scale,
+    bias,
+    added,
+    added_place,
+    u,
+    place,
+    width,
+    right,
+    depth,
+    parts,
+    y,
+    num_rows,
+    num_outputs,
+    num_inner,
+    FOUR: tl.constexpr,
+    NUM_TERMS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    RANKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """y [M, N] of x int8 [M, K] and w int8 [N, K] or, if ``FOUR``, uint8 [N, K / 2]; or int32 sums y [S, M, N].
+
+    With ``SPLITS`` above one a program sums over one slice of K and stores it; ``combine`` does the rest. ``added``:
+    [n, N], row ``added_place`` (int32 [M], -1 for none) of it is added. ``u`` to ``parts`` are tuples of ``NUM_TERMS``,
+    one a modality, see ``_corrected``; a tile without a row of a modality does not touch its factors.
+    """
+    row, out = _tile(num_rows, num_outputs, BLOCK_M, BLOCK_N, GROUP)
+    there_m, there_n = row < num_rows, out < num_outputs
+    # Tails read the last row or output again, which needs no mask in the loop; they are not stored.
+    from_row = tl.minimum(row, num_rows - 1).to(tl.int64)
+    from_out = tl.minimum(out, num_outputs - 1).to(tl.int64)
+    blocks, split = num_inner // _BLOCK, tl.program_id(1)
+    first, last = blocks * split // SPLITS, blocks * (split + 1) // SPLITS
+    if FOUR:
+        sums = _sums4(x, w, from_row, from_out, num_inner, first, last, BLOCK_M, BLOCK_N, INTERPRETED)
+    else:
+        sums = _sums8(x, w, from_row, from_out, num_inner, first, last, BLOCK_M, BLOCK_N, BLOCK_K)
+    to = y + row[None, :].to(tl.int64) * num_outputs + out[:, None]
+    there = there_m[None, :] & there_n[:, None]
+    if SPLITS > 1:
+        tl.store(to + split.to(tl.int64) * num_rows * num_outputs, sums, mask=there)
+    else:
+        values = _scaled(sums, x_scale, w_scale, row, out, there_m, there_n, FOUR)
+        if added is not None:
+            source = tl.load(added_place + row, mask=there_m, other=-1)
+            if tl.max(source) >= 0:
+                at = added + source[None, :].to(tl.int64) * num_outputs + out[:, None]
+                values += tl.load(at, mask=(source >= 0)[None, :] & there_n[:, None], other=0.0).to(tl.float32)
+        for term in tl.static_range(NUM_TERMS):
+            source = tl.load(place[term] + row, mask=there_m, other=-1)
+            if tl.max(source) >= 0:
+                given = (u[term], source, width[term], right[term], depth[term], parts[term])
+                values = _corrected(values, *given, from_out, NUM_PARTS, RANKS, INTERPRETED)
+        if bias is not None:
+            values += tl.load(bias + out, mask=there_n, other=0.0)[:, None]
+        tl.store(to, rounded(values, y.dtype.element_ty, INTERPRETED), mask=there)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def combine(  # noqa: PLR0913
+    sums,
+    x_scale,
+    w_scale,
+    bias,
+    y,
+    num_rows,
+    num_outputs,
+    FOUR: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """y [M, N] of the int32 sums [S, M, N] over slices of the inputs: the same integers, so the same floats."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    out = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there_m, there_n = row < num_rows, out < num_outputs
+    there = there_n[:, None] & there_m[None, :]
+    at = row[None, :].to(tl.int64) * num_outputs + out[:, None]
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(sums + at + split * num_rows.to(tl.int64) * num_outputs, mask=there, other=0)
+    values = _scaled(total, x_scale, w_scale, row, out, there_m, there_n, FOUR)
+    if bias is not None:
+        values += tl.load(bias + out, mask=there_n, other=0.0)[:, None]
+    tl.store(y + at, rounded(values, y.dtype.element_ty, INTERPRETED), mask=there)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def project(  # noqa: PLR0913
+    x,
+    rows,
+    inverse,
+    vectors,
+    left,
+    u,
+    num_rows,
+    num_inner,
+    num_ranks,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """u [n, R] = (x[rows] * inverse[vectors[rows]]) @ left, smoothed rows rounded to the dtype of x as they are read.
+
+    ``rows``: int64 [n] into x [M, I]; ``left``: [I, R] in the dtype of x; sums in float32.
+    """
+    at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    alive, there = at < num_rows, rank < num_ranks
+    row = tl.load(rows + at, mask=alive, other=0)
+    vector = tl.zeros((BLOCK_M,), tl.int64)
+    if vectors is not None:
+        vector = tl.load(vectors + row, mask=alive, other=0)
+    values = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(0, num_inner, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        inside = inner < num_inner
+        a = tl.load(x + row[:, None] * num_inner + inner[None, :], mask=inside[None, :], other=0.0)
+        if inverse is not None:
+            factor = tl.load(inverse + vector[:, None] * num_inner + inner[None, :], mask=inside[None, :], other=0.0)
+            a = rounded(a.to(tl.float32) * factor, x.dtype.element_ty, INTERPRETED)
+        b = tl.load(left + inner[:, None] * num_ranks + rank[None, :], mask=inside[:, None] & there[None, :], other=0.0)
+        if INTERPRETED:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        values = tl.dot(a, b, values, input_precision="ieee")
+    to = u + at[:, None].to(tl.int64) * num_ranks + rank[None, :]
+    tl.store(to, rounded(values, u.dtype.element_ty, INTERPRETED), mask=alive[:, None] & there[None, :])

@@ -1,0 +1,128 @@
+"""Triton code over rows: smooth and quantize, alone or after what the model computes just before.
+
+One program takes a few rows. ``SOURCE`` says what a row is before it is smoothed: an input row, an input row (plus a
+residual) under RMSNorm, or SiLU(gate) * up. All arithmetic is float32. Rounding is that of
+``masq.numerics.affine.quantize``: IEEE division by the scale, then half to even.
+
+Shapes: N rows, I input channels, P = I rounded up to whole blocks, U smoothing vectors.
+"""
+
+# Triton reads these functions as a language of its own: pyright sees the annotations only.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOptionalOperand=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+ROWS, NORM, SILU_MUL = 0, 1, 2
+"""What ``SOURCE`` may be."""
+_NORM, _SILU_MUL = tl.constexpr(NORM), tl.constexpr(SILU_MUL)
+# Added to an integer of few bits it leaves that integer, half to even, in the lowest bits of the float32.
+_MAGIC = tl.constexpr(1.5 * 2.0**23)
+_SMALLEST_SCALE = tl.constexpr(2.0**-126)
+_MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def rounded(values, to: tl.constexpr, INTERPRETED: tl.constexpr):
+    """float32 to another float, half to even; the interpreter would cut bfloat16 off."""
+    if INTERPRETED and to == tl.bfloat16:
+        bits = values.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return values.to(to)
+
+
+@triton.jit
+def _codes(values, scale):
+    """Nearest codes, int8: the lowest byte of a float32 in which one unit is the last place."""
+    return (tl.div_rn(values, scale) + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def _highest(values):
+    """Bits of the largest magnitude of each row: in their order as integers NaN is above all, so that it survives."""
+    return tl.max(values.to(tl.int32, bitcast=True) & _MAGNITUDE_BITS, axis=1)
+
+
+@triton.jit
+def _scale(bits, QMAX: tl.constexpr):
+    scale = tl.div_rn(bits.to(tl.float32, bitcast=True), QMAX * 1.0)
+    return tl.where(scale < _SMALLEST_SCALE, 1.0, scale)
+
+
+@triton.jit
+def _smoothed(values, inverse, vectors, row, alive, column, num_inner):
+    """Rows times the smoothing vector that each has."""
+    vector = tl.zeros_like(row)
+    if vectors is not None:
+        vector = tl.load(vectors + row, mask=alive, other=0)
+    at = inverse + vector[:, None] * num_inner + column[None, :]
+    return values * tl.load(at, mask=(column < num_inner)[None, :], other=0.0)
+
+
+@triton.jit
+def _normalized(values, gamma, column, num_inner, eps):
+    """Rows under RMSNorm (arXiv 1910.07467), eps inside the root."""
+    mean = tl.div_rn(tl.sum(values * values, axis=1), num_inner * 1.0)
+    factor = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
+    return values * factor[:, None] * tl.load(gamma + column, mask=column < num_inner, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def quantize_rows(  # noqa: PLR0913
+    x,
+    other,
+    gamma,
+    inverse,
+    vectors,
+    keep,
+    codes,
+    scales,
+    summed,
+    normed,
+    num_rows,
+    num_inner,
+    num_padded,
+    x_stride,
+    other_stride,
+    eps,
+    SOURCE: tl.constexpr,
+    QMAX: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Codes int8 [N, P], zero from I on, and scales float32 [N] of x [N, I]; one program takes ``ROWS`` rows.
+
+    ``other``: residual or up, [N, I]; ``vectors``: int64 [N] into ``inverse`` float32 [U, I]; ``summed``: where x plus
+    the residual goes; ``normed``: where normalized rows go, those that ``keep`` (int8 [N]) names.
+    """
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    alive = row < num_rows
+    inside = alive[:, None] & (column < num_inner)[None, :]
+    at = row[:, None] * num_inner + column[None, :]
+    values = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if other is not None:
+        second = tl.load(other + row[:, None] * other_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        if SOURCE == _SILU_MUL:
+            values = tl.div_rn(values, 1.0 + tl.exp(-values)) * second
+        else:
+            # The sum as it is stored: what the model itself would normalize.
+            stored = rounded(values + second, summed.dtype.element_ty, INTERPRETED)
+            tl.store(summed + at, stored, mask=inside)
+            values = stored.to(tl.float32)
+    if SOURCE == _NORM:
+        values = _normalized(values, gamma, column, num_inner, eps)
+        if keep is not None:
+            kept = inside & (tl.load(keep + row, mask=alive, other=0) != 0)[:, None]
+            tl.store(normed + at, rounded(values, normed.dtype.element_ty, INTERPRETED), mask=kept)
+    if inverse is not None:
+        values = _smoothed(values, inverse, vectors, row, alive, column, num_inner)
+    scale = _scale(_highest(values), QMAX)
+    padded = alive[:, None] & (column < num_padded)[None, :]
+    tl.store(codes + row[:, None] * num_padded + column[None, :], _codes(values, scale[:, None]), mask=padded)
+    tl.store(scales + row, scale, mask=alive)

@@ -1,0 +1,128 @@
+"""Tile sizes of the products by GPU, as data: chosen by rows, outputs and inputs, without asking the GPU anything.
+
+They follow from what a compute capability has: 9.0 multiplies tiles from shared memory by warp groups (128 x 256 in
+8-bit codes; 128 x 128 in at most 128 registers for 4-bit ones, so that two programs share a processor and one unpacks
+while the other multiplies), 8.9 has the smallest shared memory, 8.0 lies between. ``tests/kernels/test_triton_compile.py``
+holds every line to the limits of its GPU. None was tuned by running it.
+
+Shapes: M rows, N outputs, K inputs padded to blocks of 128.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BLOCK = 128
+"""Inputs are padded to a multiple of it."""
+SPLIT_ROWS = 64
+"""Up to so many rows the inputs may be split between programs."""
+MAX_SPLITS = 8
+_BLOCKS_PER_SPLIT = 4
+_PROGRAMS_PER_PROCESSOR = 2
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One way to compute a product.
+
+    Attributes:
+        max_rows: it is for products of so many rows at most, None for all.
+        rows: of a tile.
+        outputs: of a tile.
+        inner: inputs per step, of 8-bit weights; 4-bit ones take blocks of 128.
+        warps: of a program.
+        stages: of the pipeline that loads ahead.
+        max_registers: of a thread, None leaves it to the compiler.
+        group: tiles of rows that share a column of weights while it is in the second cache.
+    """
+
+    max_rows: int | None
+    rows: int
+    outputs: int
+    inner: int
+    warps: int
+    stages: int
+    max_registers: int | None = None
+    group: int = 8
+
+
+_TILES: dict[tuple[int, bool], tuple[Tile, ...]] = {
+    # capability, weights of 4 bits: by rows
+    (80, False): (
+        Tile(16, 16, 64, 128, 4, 5),
+        Tile(32, 32, 64, 128, 4, 4),
+        Tile(64, 64, 64, 128, 4, 4),
+        Tile(256, 64, 128, 128, 4, 3),
+        Tile(None, 128, 128, 128, 8, 3),
+    ),
+    (80, True): (
+        Tile(16, 16, 64, 128, 4, 5),
+        Tile(32, 32, 64, 128, 4, 4),
+        Tile(64, 64, 64, 128, 4, 4),
+        Tile(256, 64, 128, 128, 4, 3),
+        Tile(None, 128, 128, 128, 8, 3),
+    ),
+    (89, False): (
+        Tile(16, 16, 64, 128, 4, 5),
+        Tile(32, 32, 64, 128, 4, 4),
+        Tile(64, 64, 64, 128, 4, 3),
+        Tile(256, 64, 128, 64, 4, 4),
+        Tile(None, 128, 128, 64, 8, 4),
+    ),
+    (89, True): (
+        Tile(16, 16, 64, 128, 4, 5),
+        Tile(32, 32, 64, 128, 4, 4),
+        Tile(64, 64, 64, 128, 4, 4),
+        Tile(256, 64, 128, 128, 4, 3),
+        Tile(None, 128, 128, 128, 8, 3),
+    ),
+    (90, False): (
+        Tile(16, 16, 64, 128, 4, 6),
+        Tile(32, 32, 64, 128, 4, 5),
+        Tile(64, 64, 64, 128, 4, 4),
+        Tile(128, 128, 128, 128, 8, 3),
+        Tile(512, 128, 128, 128, 8, 3),
+        Tile(None, 256, 128, 128, 8, 3),
+    ),
+    (90, True): (
+        Tile(16, 16, 64, 128, 4, 6),
+        Tile(32, 32, 64, 128, 4, 5),
+        Tile(64, 64, 64, 128, 4, 4),
+        Tile(None, 128, 128, 128, 8, 3, max_registers=128),
+    ),
+}
+
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+"""Bytes that one program may use, by capability (CUDA C++ Programming Guide, technical specifications)."""
+
+_TABLE_OF = {80: 80, 86: 89, 87: 80, 89: 89, 90: 90}
+"""Capability to the table that fits its shared memory; newer ones take the smallest."""
+OLDEST = 80
+
+
+def table_of(capability: int) -> int:
+    """The capability whose tiles a GPU uses, 10 * major + minor both."""
+    return _TABLE_OF.get(capability, 89)
+
+
+def tiles_of(table: int, four: bool) -> tuple[Tile, ...]:
+    """All lines of a table."""
+    return _TILES[table, four]
+
+
+def choose(table: int, four: bool, num_rows: int) -> Tile:
+    """The line of a table for a number of rows."""
+    return next(tile for tile in _TILES[table, four] if tile.max_rows is None or num_rows <= tile.max_rows)
+
+
+def num_splits(tile: Tile, num_rows: int, num_outputs: int, num_inner: int, processors: int) -> int:
+    """Into how many slices to cut the inputs so that every processor has work: a power of two, 1 for many rows."""
+    if num_rows > SPLIT_ROWS:
+        return 1
+    programs = -(-num_rows // tile.rows) * -(-num_outputs // tile.outputs)
+    splits = 1
+    while splits < MAX_SPLITS and 2 * splits * _BLOCKS_PER_SPLIT <= num_inner // BLOCK:
+        if splits * programs >= _PROGRAMS_PER_PROCESSOR * processors:
+            break
+        splits *= 2
+    return splits
