@@ -84,8 +84,8 @@ def _corrected(y, u, place, width, right, depth, parts, out, NUM_PARTS: tl.const
     """
     first, end = tl.min(out), tl.max(out) + 1
     rank = tl.arange(0, RANKS)
-    u_at = u + place[None, :].to(tl.int64) * width + rank[:, None]
-    right_at = right + out[:, None] * depth + rank[None, :]
+    u_at = place[None, :] * width + rank[:, None]
+    right_at = out[:, None] * depth + rank[None, :]
     for part in range(NUM_PARTS):
         begins, ends = tl.load(parts + part * 4), tl.load(parts + part * 4 + 1)
         column, count = tl.load(parts + part * 4 + 2), tl.load(parts + part * 4 + 3)
@@ -93,8 +93,8 @@ def _corrected(y, u, place, width, right, depth, parts, out, NUM_PARTS: tl.const
             own = (out >= begins) & (out < ends)
             for start in tl.range(0, count, RANKS, num_stages=1):
                 here = start + rank < count
-                a = tl.load(right_at + start, mask=own[:, None] & here[None, :], other=0.0)
-                b = tl.load(u_at + column + start, mask=(place >= 0)[None, :] & here[:, None], other=0.0)
+                a = tl.load(right + (right_at + start), mask=own[:, None] & here[None, :], other=0.0)
+                b = tl.load(u + (u_at + (column + start)), mask=(place >= 0)[None, :] & here[:, None], other=0.0)
                 if INTERPRETED:
                     a, b = a.to(tl.float32), b.to(tl.float32)
                 y = tl.dot(a, b, y)
@@ -102,10 +102,17 @@ def _corrected(y, u, place, width, right, depth, parts, out, NUM_PARTS: tl.const
 
 
 @triton.jit
-def _tile(num_rows, num_outputs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+def _anew(number, INTERPRETED: tl.constexpr):
+    """The same number, of which the compiler does not know that: what follows from it is not kept, but made again."""
+    if INTERPRETED:
+        return number
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _tile(program, num_rows, num_outputs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
     """Which rows and outputs a program computes: ``GROUP`` tiles of rows share a column of weights while it is hot."""
     tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_outputs, BLOCK_N)
-    program = tl.program_id(0)
     group = program // (GROUP * tiles_n)
     size = tl.minimum(tiles_m - group * GROUP, GROUP)
     within = program % (GROUP * tiles_n)
@@ -149,8 +156,7 @@ def multiply(  # noqa: C901, PLR0912, PLR0913
     [n, N], row ``added_place`` (int32 [M], -1 for none) of it is added. ``u`` to ``parts`` are tuples of ``NUM_TERMS``,
     one a modality, see ``_corrected``; a tile without a row of a modality does not touch its factors.
     """
-    row, out = _tile(num_rows, num_outputs, BLOCK_M, BLOCK_N, GROUP)
-    there_m, there_n = row < num_rows, out < num_outputs
+    row, out = _tile(tl.program_id(0), num_rows, num_outputs, BLOCK_M, BLOCK_N, GROUP)
     # Tails read the last row or output again, which needs no mask in the loop; they are not stored.
     from_row = tl.minimum(row, num_rows - 1).to(tl.int64)
     from_out = tl.minimum(out, num_outputs - 1).to(tl.int64)
@@ -160,10 +166,12 @@ def multiply(  # noqa: C901, PLR0912, PLR0913
         sums = _sums4(x, w, from_row, from_out, num_inner, first, last, BLOCK_M, BLOCK_N, INTERPRETED)
     else:
         sums = _sums8(x, w, from_row, from_out, num_inner, first, last, BLOCK_M, BLOCK_N, BLOCK_K)
-    to = y + row[None, :].to(tl.int64) * num_outputs + out[:, None]
-    there = there_m[None, :] & there_n[:, None]
+    program = _anew(tl.program_id(0), INTERPRETED)
+    row, out = _tile(program, num_rows, num_outputs, BLOCK_M, BLOCK_N, GROUP)
+    there_m, there_n = row < num_rows, out < num_outputs
     if SPLITS > 1:
-        tl.store(to + split.to(tl.int64) * num_rows * num_outputs, sums, mask=there)
+        to = y + (split.to(tl.int64) * num_rows + row[None, :]) * num_outputs + out[:, None]
+        tl.store(to, sums, mask=there_m[None, :] & there_n[:, None])
     else:
         values = _scaled(sums, x_scale, w_scale, row, out, there_m, there_n, FOUR)
         if added is not None:
@@ -175,10 +183,12 @@ def multiply(  # noqa: C901, PLR0912, PLR0913
             source = tl.load(place[term] + row, mask=there_m, other=-1)
             if tl.max(source) >= 0:
                 given = (u[term], source, width[term], right[term], depth[term], parts[term])
-                values = _corrected(values, *given, from_out, NUM_PARTS, RANKS, INTERPRETED)
+                values = _corrected(values, *given, out, NUM_PARTS, RANKS, INTERPRETED)
         if bias is not None:
             values += tl.load(bias + out, mask=there_n, other=0.0)[:, None]
-        tl.store(to, rounded(values, y.dtype.element_ty, INTERPRETED), mask=there)
+        to = y + row[None, :].to(tl.int64) * num_outputs + out[:, None]
+        stored = rounded(values, y.dtype.element_ty, INTERPRETED)
+        tl.store(to, stored, mask=there_m[None, :] & there_n[:, None])
 
 
 @triton.jit(do_not_specialize=["num_rows"])

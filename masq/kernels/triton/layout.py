@@ -18,7 +18,7 @@ from masq.numerics.packing import NIBBLE_BITS, PackedWeight, pack_nibbles, unpac
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-RANKS = 32
+RANKS = 16
 """Ranks are padded to a multiple of it."""
 
 
