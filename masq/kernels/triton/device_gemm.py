@@ -1,9 +1,9 @@
 """Triton code of products: int8 rows times int8 or int4 weights, and the first factor of a low-rank correction.
 
-A tile is computed transposed, outputs by rows, ``acc[BLOCK_N, BLOCK_M] = W X^T``: 4-bit weights are then unpacked in the
-registers from which tensor cores take their first operand (the arrangement of LiquidGEMM, arXiv 2509.01229), and few
-rows are the flexible side of an instruction. Sums over codes are int32 and exact in any order. Two 4-bit codes a byte
-stay multiplied by 16 (the upper half of a byte as it is, the lower one shifted), which the epilogue takes back.
+A tile is computed transposed, outputs by rows, ``acc[BLOCK_N, BLOCK_M] = W X^T``: 4-bit weights are then unpacked in
+the registers from which tensor cores take their first operand (the arrangement of LiquidGEMM, arXiv 2509.01229), and
+few rows are the flexible side of an instruction. Sums over codes are int32 and exact in any order. Two 4-bit codes a
+byte stay multiplied by 16 (the upper half of a byte as it is, the lower one shifted), which the epilogue takes back.
 
 Shapes: M rows, N outputs, K inputs padded to whole blocks of 128, S slices of K; n corrected rows and R ranks.
 """
@@ -40,7 +40,29 @@ def _halves(packed, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _sums4(x, w, row, out, num_inner, first, last, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRETED: tl.constexpr):
+def _held_back(weights):
+    """The same bytes, four at a time, by an operation of two operands: so the compiler does not load them a step ahead.
+
+    It would carry the operands of ``mma.sync`` from step to step byte by byte: half as many registers again, and
+    hundreds of permutations of bytes a step.
+    """
+    operands = [weights, tl.zeros_like(weights)]
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", operands, dtype=tl.int8, is_pure=True, pack=4)
+
+
+@triton.jit
+def _sums4(  # noqa: PLR0913
+    x,
+    w,
+    row,
+    out,
+    num_inner,
+    first,
+    last,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
     """16 times the int32 sums over blocks ``first`` to ``last`` of 4-bit weights uint8 [N, K / 2]."""
     byte = tl.arange(0, _HALF)
     x_at = x + row[None, :] * num_inner + byte[:, None]
@@ -54,14 +76,29 @@ def _sums4(x, w, row, out, num_inner, first, last, BLOCK_M: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _sums8(x, w, row, out, num_inner, first, last, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _sums8(  # noqa: PLR0913
+    x,
+    w,
+    row,
+    out,
+    num_inner,
+    first,
+    last,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DIRECT: tl.constexpr,
+):
     """int32 sums over inputs ``first * 128`` to ``last * 128`` of 8-bit weights int8 [N, K]."""
     inner = tl.arange(0, BLOCK_K)
     x_at = x + row[None, :] * num_inner + inner[:, None]
     w_at = w + out[:, None] * num_inner + inner[None, :]
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for start in range(first * _BLOCK, last * _BLOCK, BLOCK_K):
-        sums = tl.dot(tl.load(w_at + start), tl.load(x_at + start), sums, out_dtype=tl.int32)
+        weights = tl.load(w_at + start)
+        if not DIRECT:
+            weights = _held_back(weights)
+        sums = tl.dot(weights, tl.load(x_at + start), sums, out_dtype=tl.int32)
     return sums
 
 
@@ -76,7 +113,19 @@ def _scaled(sums, x_scale, w_scale, row, out, there_m, there_n, FOUR: tl.constex
 
 
 @triton.jit
-def _corrected(y, u, place, width, right, depth, parts, out, NUM_PARTS: tl.constexpr, RANKS: tl.constexpr, INTERPRETED: tl.constexpr):
+def _corrected(  # noqa: PLR0913
+    y,
+    u,
+    place,
+    width,
+    right,
+    depth,
+    parts,
+    out,
+    NUM_PARTS: tl.constexpr,
+    RANKS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
     """Add U L2 of one modality to the outputs of a tile, part by part.
 
     ``u``: [n, width], row ``place`` of it corrects a row, none where it is negative; ``right``: L2^T [N, depth];
@@ -148,13 +197,15 @@ def multiply(  # noqa: C901, PLR0912, PLR0913
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    DIRECT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """y [M, N] of x int8 [M, K] and w int8 [N, K] or, if ``FOUR``, uint8 [N, K / 2]; or int32 sums y [S, M, N].
+    """Y [M, N] of x int8 [M, K] and w int8 [N, K] or, if ``FOUR``, uint8 [N, K / 2]; or int32 sums y [S, M, N].
 
     With ``SPLITS`` above one a program sums over one slice of K and stores it; ``combine`` does the rest. ``added``:
     [n, N], row ``added_place`` (int32 [M], -1 for none) of it is added. ``u`` to ``parts`` are tuples of ``NUM_TERMS``,
-    one a modality, see ``_corrected``; a tile without a row of a modality does not touch its factors.
+    one a modality, see ``_corrected``; a tile without a row of a modality does not touch its factors. ``DIRECT``:
+    tensor cores read weights from shared memory.
     """
     row, out = _tile(tl.program_id(0), num_rows, num_outputs, BLOCK_M, BLOCK_N, GROUP)
     # Tails read the last row or output again, which needs no mask in the loop; they are not stored.
@@ -165,7 +216,7 @@ def multiply(  # noqa: C901, PLR0912, PLR0913
     if FOUR:
         sums = _sums4(x, w, from_row, from_out, num_inner, first, last, BLOCK_M, BLOCK_N, INTERPRETED)
     else:
-        sums = _sums8(x, w, from_row, from_out, num_inner, first, last, BLOCK_M, BLOCK_N, BLOCK_K)
+        sums = _sums8(x, w, from_row, from_out, num_inner, first, last, BLOCK_M, BLOCK_N, BLOCK_K, DIRECT)
     program = _anew(tl.program_id(0), INTERPRETED)
     row, out = _tile(program, num_rows, num_outputs, BLOCK_M, BLOCK_N, GROUP)
     there_m, there_n = row < num_rows, out < num_outputs
@@ -206,7 +257,7 @@ def combine(  # noqa: PLR0913
     BLOCK_N: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """y [M, N] of the int32 sums [S, M, N] over slices of the inputs: the same integers, so the same floats."""
+    """Y [M, N] of the int32 sums [S, M, N] over slices of the inputs: the same integers, so the same floats."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     out = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     there_m, there_n = row < num_rows, out < num_outputs
@@ -237,7 +288,7 @@ def project(  # noqa: PLR0913
     BLOCK_K: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """u [n, R] = (x[rows] * inverse[vectors[rows]]) @ left, smoothed rows rounded to the dtype of x as they are read.
+    """U [n, R] = (x[rows] * inverse[vectors[rows]]) @ left, smoothed rows rounded to the dtype of x as they are read.
 
     ``rows``: int64 [n] into x [M, I]; ``left``: [I, R] in the dtype of x; sums in float32.
     """

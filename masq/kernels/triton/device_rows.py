@@ -109,7 +109,7 @@ def quantize_rows(  # noqa: PLR0913
     if other is not None:
         second = tl.load(other + row[:, None] * other_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
         if SOURCE == _SILU_MUL:
-            values = tl.div_rn(values, 1.0 + tl.exp(-values)) * second
+            values = values / (1.0 + tl.exp(-values)) * second
         else:
             # The sum as it is stored: what the model itself would normalize.
             stored = rounded(values + second, summed.dtype.element_ty, INTERPRETED)

@@ -25,8 +25,8 @@ RANKS = 16
 def prepare(weight: PackedWeight) -> PreparedWeight:
     """Codes int8 [O, P], or at up to 4 bits uint8 [O, P / 2]; scales float32 [O].
 
-    Byte j of a line of 64 has input j of a block of 128 in its lower half and input 64 + j in its upper one: both halves
-    are then consecutive inputs, and nothing is interleaved when they are multiplied.
+    Byte j of a line of 64 has input j of a block of 128 in its lower half and input 64 + j in its upper one: both
+    halves are then consecutive inputs, and nothing is interleaved when they are multiplied.
     """
     four = weight.format.bits <= NIBBLE_BITS
     codes = unpack_nibbles(weight.codes, weight.in_features, signed=True) if four else weight.codes

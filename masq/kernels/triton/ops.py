@@ -18,11 +18,10 @@ import triton
 
 from masq.kernels.triton import device_gemm, device_rows
 from masq.kernels.triton.layout import RANKS
-from masq.kernels.triton.tiles import BLOCK, choose, num_splits, table_of
+from masq.kernels.triton.tiles import BLOCK, WARP_GROUPS, choose, num_splits, table_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from contextlib import AbstractContextManager
 
 INTERPRETED = not isinstance(device_gemm.multiply, triton.JITFunction)
 """Whether the functions of this process run in Triton's interpreter."""
@@ -31,8 +30,6 @@ MAX_COLUMNS = 2**15
 _ELEMENTS_PER_PROGRAM = 2048
 _ELEMENTS_PER_WARP = 1024
 _INTERPRETED_ELEMENTS = 2**16
-# Products and sums are rounded one by one, as everywhere else: fused ones would differ from those in the last bit.
-_EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 _INTERPRETED_GPU = (90, 8)
 
 _LIBRARY = torch.library.Library("masq", "FRAGMENT")
@@ -61,8 +58,11 @@ def gpu(device: torch.device) -> tuple[int, int]:
     return table_of(10 * found.major + found.minor), found.multi_processor_count
 
 
-def _on(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def _launch(kernel: Any, grid: tuple[int, ...], x: torch.Tensor, *arguments: Any, **options: Any) -> None:
+    """Run a kernel on the GPU and stream of its first argument."""
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        # Products and sums are rounded one by one, as everywhere else: fused ones would differ in the last bit.
+        kernel[grid](x, *arguments, **options, INTERPRETED=INTERPRETED, enable_fp_fusion=False)
 
 
 def _padded(num_inner: int) -> int:
@@ -87,17 +87,15 @@ def _quantize(x: torch.Tensor, qmax: int, source: int, **given: Any) -> tuple[to
     other = given.get("other")
     shape = _row_shape(num_padded)
     if num_rows:
-        with _on(x):
-            device_rows.quantize_rows[(triton.cdiv(num_rows, shape["ROWS"]),)](
-                *(x, *(given.get(name) for name in names), codes, scale, given.get("summed"), given.get("normed")),
-                *(num_rows, num_inner, num_padded, x.stride(0), 0 if other is None else other.stride(0)),
-                given.get("eps", 0.0),
-                SOURCE=source,
-                QMAX=qmax,
-                INTERPRETED=INTERPRETED,
-                **shape,
-                **_EXACT,
-            )
+        _launch(
+            *(device_rows.quantize_rows, (triton.cdiv(num_rows, shape["ROWS"]),), x),
+            *(*(given.get(name) for name in names), codes, scale, given.get("summed"), given.get("normed")),
+            *(num_rows, num_inner, num_padded, x.stride(0), 0 if other is None else other.stride(0)),
+            given.get("eps", 0.0),
+            SOURCE=source,
+            QMAX=qmax,
+            **shape,
+        )
     return codes, scale
 
 
@@ -111,7 +109,7 @@ def _empty_codes(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def smooth_quantize(
     x: torch.Tensor, inverse: torch.Tensor | None, vectors: torch.Tensor | None, qmax: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes int8 [N, P] and scales float32 [N, 1] of ``x[i] * inverse[vectors[i]]``; x [N, I] with rows in one piece."""
+    """Codes int8 [N, P] and scales float32 [N, 1] of ``x[i] * inverse[vectors[i]]``; x [N, I], rows in one piece."""
     return _quantize(x, qmax, device_rows.ROWS, inverse=inverse, vectors=vectors)
 
 
@@ -208,26 +206,19 @@ def multiply_codes(  # noqa: PLR0913
         widths, depths = tuple(one.shape[1] for one in u), tuple(one.shape[1] for one in right)
         terms = (tuple(u), tuple(place), widths, tuple(right), depths, tuple(parts))
     programs = triton.cdiv(len(x), tile.rows) * triton.cdiv(len(w), tile.outputs)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, **_EXACT}
-    if tile.max_registers is not None:
-        options["maxnreg"] = tile.max_registers
-    with _on(x):
-        device_gemm.multiply[(programs, splits)](
-            *(x, x_scale, w, w_scale, bias, added, added_place, *terms, sums, len(x), len(w), x.shape[1]),
-            FOUR=four,
-            NUM_TERMS=len(u),
-            NUM_PARTS=len(parts[0]) if u else 0,
-            RANKS=RANKS,
-            SPLITS=splits,
-            BLOCK_M=tile.rows,
-            BLOCK_N=tile.outputs,
-            BLOCK_K=tile.inner,
-            GROUP=tile.group,
-            INTERPRETED=INTERPRETED,
-            **options,
-        )
-        if splits > 1:
-            _combine(sums, x_scale, w_scale, bias, y, four)
+    _launch(
+        *(device_gemm.multiply, (programs, splits), x, x_scale, w, w_scale, bias, added, added_place, *terms),
+        *(sums, len(x), len(w), x.shape[1]),
+        FOUR=four,
+        NUM_TERMS=len(u),
+        NUM_PARTS=len(parts[0]) if u else 0,
+        RANKS=RANKS,
+        SPLITS=splits,
+        DIRECT=INTERPRETED or table == WARP_GROUPS,
+        **tile.options,
+    )
+    if splits > 1:
+        _combine(sums, x_scale, w_scale, bias, y, four)
     return y
 
 
@@ -241,15 +232,14 @@ def _combine(
 ) -> None:
     num_rows, num_outputs = y.shape
     rows, outputs = min(triton.next_power_of_2(num_rows), 4), 256
-    device_gemm.combine[(triton.cdiv(num_rows, rows), triton.cdiv(num_outputs, outputs))](
-        *(sums, x_scale, w_scale, bias, y, num_rows, num_outputs),
+    _launch(
+        *(device_gemm.combine, (triton.cdiv(num_rows, rows), triton.cdiv(num_outputs, outputs)), sums),
+        *(x_scale, w_scale, bias, y, num_rows, num_outputs),
         FOUR=four,
         SPLITS=len(sums),
         BLOCK_M=rows,
         BLOCK_N=outputs,
-        INTERPRETED=INTERPRETED,
         num_warps=4,
-        **_EXACT,
     )
 
 
@@ -272,14 +262,13 @@ def low_rank_down(
     u = x.new_empty(len(rows), left.shape[1])
     if u.numel():
         block_m, block_r, block_k = 64, 32, 64
-        with _on(x):
-            device_gemm.project[(triton.cdiv(len(u), block_m), triton.cdiv(u.shape[1], block_r))](
-                *(x, rows, inverse, vectors, left, u, len(u), x.shape[1], u.shape[1]),
-                BLOCK_M=block_m,
-                BLOCK_R=block_r,
-                BLOCK_K=block_k,
-                INTERPRETED=INTERPRETED,
-                num_warps=4,
-                num_stages=3,
-            )
+        _launch(
+            *(device_gemm.project, (triton.cdiv(len(u), block_m), triton.cdiv(u.shape[1], block_r)), x),
+            *(rows, inverse, vectors, left, u, len(u), x.shape[1], u.shape[1]),
+            BLOCK_M=block_m,
+            BLOCK_R=block_r,
+            BLOCK_K=block_k,
+            num_warps=4,
+            num_stages=3,
+        )
     return u

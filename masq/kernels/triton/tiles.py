@@ -1,9 +1,9 @@
 """Tile sizes of the products by GPU, as data: chosen by rows, outputs and inputs, without asking the GPU anything.
 
-They follow from what a compute capability has: 9.0 multiplies tiles from shared memory by warp groups (128 x 256 in
-8-bit codes; 128 x 128 in at most 128 registers for 4-bit ones, so that two programs share a processor and one unpacks
-while the other multiplies), 8.9 has the smallest shared memory, 8.0 lies between. ``tests/kernels/test_triton_compile.py``
-holds every line to the limits of its GPU. None was tuned by running it.
+They follow from what a compute capability has: 9.0 multiplies tiles from shared memory by groups of warps (128 x 256 of
+8-bit codes; of 4-bit ones 128 x 128 in at most 128 registers, so that two programs share a multiprocessor and one
+unpacks while the other multiplies), 8.9 has the smallest shared memory, 8.0 lies between. A test compiles every line
+and holds it to the limits of its GPU; none was tuned by running it.
 
 Shapes: M rows, N outputs, K inputs padded to blocks of 128.
 """
@@ -44,6 +44,13 @@ class Tile:
     stages: int
     max_registers: int | None = None
     group: int = 8
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As arguments of a launch."""
+        found = {"BLOCK_M": self.rows, "BLOCK_N": self.outputs, "BLOCK_K": self.inner, "GROUP": self.group}
+        found |= {"num_warps": self.warps, "num_stages": self.stages}
+        return found if self.max_registers is None else found | {"maxnreg": self.max_registers}
 
 
 _TILES: dict[tuple[int, bool], tuple[Tile, ...]] = {
@@ -98,6 +105,8 @@ SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 _TABLE_OF = {80: 80, 86: 89, 87: 80, 89: 89, 90: 90}
 """Capability to the table that fits its shared memory; newer ones take the smallest."""
 OLDEST = 80
+WARP_GROUPS = 90
+"""The table whose tensor cores read both operands from shared memory."""
 
 
 def table_of(capability: int) -> int:
