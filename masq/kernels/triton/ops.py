@@ -74,7 +74,7 @@ def _row_shape(num_padded: int) -> dict[str, int]:
     columns = triton.next_power_of_2(num_padded)
     elements = _INTERPRETED_ELEMENTS if INTERPRETED else _ELEMENTS_PER_PROGRAM
     rows = max(elements // columns, 1)
-    warps = min(max(rows * columns // _ELEMENTS_PER_WARP, 4), 16)
+    warps = min(max(rows * columns // _ELEMENTS_PER_WARP, 4), 32)
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": triton.next_power_of_2(warps)}
 
 

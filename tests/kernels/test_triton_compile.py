@@ -1,0 +1,132 @@
+"""What the compiler makes of the Triton kernels for each GPU of the table of tiles: no GPU is needed.
+
+Registers, spills and shared memory decide whether a kernel can run, and how many of them at a time; instructions,
+whether it multiplies integers on tensor cores, and whether operands reach them without detours.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.interpreting import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("a process that interprets compiles nothing", allow_module_level=True)
+
+from masq.kernels.triton import ops
+from masq.kernels.triton.tiles import SHARED_MEMORY, Tile, tiles_of
+from tests.kernels.compiling import CUOBJDUMP, PROCESSORS, Compiled, for_gpu
+
+pytestmark = pytest.mark.skipif(not CUOBJDUMP.exists(), reason="triton came without the tools for NVIDIA GPUs")
+
+CAPABILITIES = sorted(SHARED_MEMORY)
+MAX_REGISTERS = 255
+REGISTERS, SHARED_OF_PROCESSOR = 65536, {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024}
+RESERVED = 1024
+INNER, OUTPUTS, RANK = 3584, 37888, 71
+MAX_ROWS = 4096
+
+
+def lines() -> list:
+    """Every line of every table, with corrections and without; by default the first and the last of each."""
+    found = []
+    for capability in CAPABILITIES:
+        for four in (False, True):
+            tiles = tiles_of(capability, four)
+            for tile in tiles:
+                for corrected in (False, True):
+                    usual = (tile is tiles[0] and not corrected) or tile is tiles[-1]
+                    name = f"{capability}-w{4 if four else 8}-{tile.max_rows}-{'corrected' if corrected else 'plain'}"
+                    marks = [] if usual else [pytest.mark.slow]
+                    found.append(pytest.param(capability, four, tile, corrected, id=name, marks=marks))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def product(capability: int, four: bool, num_rows: int, corrected: bool, num_outputs: int = OUTPUTS) -> list[Compiled]:
+    """All kernels of one product of bfloat16 rows, two modalities being corrected in three parts, or none."""
+    bfloat16, times = torch.bfloat16, 2 if corrected else 0
+    weight = torch.empty(num_outputs, INNER // 2 if four else INNER, dtype=torch.uint8 if four else torch.int8)
+    with for_gpu(capability) as made:
+        ops.multiply_codes(
+            *(torch.empty(num_rows, INNER, dtype=torch.int8), torch.empty(num_rows, 1)),
+            *(weight, torch.empty(num_outputs), torch.empty(num_outputs), None, None),
+            times * [torch.empty(9, 3 * RANK, dtype=bfloat16)],
+            times * [torch.empty(num_rows, dtype=torch.int32)],
+            times * [torch.empty(num_outputs, 80, dtype=bfloat16)],
+            times * [torch.empty(3, 4, dtype=torch.int32)],
+            *(four, bfloat16),
+        )
+    return [Compiled.of(kernel) for kernel in made]
+
+
+def check_limits(compiled: Compiled, capability: int) -> None:
+    assert compiled.registers <= MAX_REGISTERS
+    assert compiled.local == 0, "spilled"
+    assert compiled.shared <= SHARED_MEMORY[capability]
+
+
+@pytest.mark.parametrize(("capability", "four", "tile", "corrected"), lines())
+def test_a_product(capability: int, four: bool, tile: Tile, corrected: bool, record_property):
+    found = product(capability, four, tile.max_rows or MAX_ROWS, corrected)
+    (compiled,) = (one for one in found if one.name == "multiply")
+    record_property("compiled", f"{compiled.registers} registers, {compiled.shared} bytes")
+    check_limits(compiled, capability)
+    instruction = "wgmma.mma_async.sync.aligned" if capability == 90 else "mma.sync.aligned.m16n8k32"
+    integer = [line for line in compiled.ptx.splitlines() if instruction in line and ".s32.s8.s8" in line]
+    floats = [line for line in compiled.ptx.splitlines() if "mma" in line and ".bf16.bf16" in line]
+    assert integer
+    assert bool(floats) == corrected
+    assert "st.shared.b8" not in compiled.ptx
+    if not corrected:
+        # Neither unpacking nor loading ahead takes codes apart byte by byte; the epilogue packs pairs of bfloat16.
+        assert compiled.sass.count("PRMT") <= 32
+
+
+@pytest.mark.parametrize(("four", "corrected"), [(True, False), (True, True)])
+def test_two_programs_share_a_processor_while_one_unpacks(four, corrected):
+    (compiled,) = product(90, four, MAX_ROWS, corrected)
+    threads = 32 * tiles_of(90, four)[-1].warps
+    assert 2 * compiled.registers * threads <= REGISTERS
+    assert 2 * (compiled.shared + RESERVED) <= SHARED_OF_PROCESSOR[90]
+
+
+@pytest.mark.parametrize("four", [False, True])
+def test_few_rows_are_split_and_combined(four):
+    found = product(90, four, 1, corrected=False, num_outputs=3584)
+    assert [one.name for one in found] == ["multiply", "combine"]
+    for compiled in found:
+        check_limits(compiled, 90)
+    wide = product(90, four, 1, corrected=False)
+    assert [one.name for one in wide] == ["multiply"]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_rows(capability):
+    """Of the widths of a model of 7 billion weights: the norm has its hidden size, SiLU the larger one."""
+    hidden, wide = (torch.empty(64, inner, dtype=torch.bfloat16) for inner in (INNER, 18944))
+    vectors, keep = torch.empty(64, dtype=torch.int64), torch.empty(64, dtype=torch.int8)
+    inverse = torch.empty(3, INNER)
+    with for_gpu(capability) as made:
+        ops.smooth_quantize(hidden, inverse, vectors, 127)
+        ops.smooth_quantize(wide, torch.empty(3, 18944), vectors, 127)
+        ops.norm_smooth_quantize(hidden, hidden, hidden[0], 1e-6, inverse, vectors, keep, 127)
+        ops.silu_mul_smooth_quantize(wide, wide, torch.empty(3, 18944), vectors, 127)
+        ops.low_rank_down(hidden, vectors, inverse, vectors, torch.empty(INNER, RANK, dtype=torch.bfloat16))
+    found = [Compiled.of(kernel) for kernel in made]
+    assert [one.name for one in found] == ["quantize_rows"] * 4 + ["project"]
+    for compiled in found:
+        check_limits(compiled, capability)
+    # Division by the scale is exact, as that of the reference.
+    assert all("div.rn.f32" in one.ptx for one in found[:4])
+    assert not any("div.full" in one.ptx for one in found[:3])
+    assert ".bf16.bf16" in found[4].ptx
+
+
+def test_every_gpu_of_the_table_has_a_test():
+    assert sorted(PROCESSORS) == CAPABILITIES

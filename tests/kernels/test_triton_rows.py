@@ -1,0 +1,127 @@
+"""Rows in Triton, from smoothed to projected, against the reference and float64.
+
+In Triton's interpreter, or on a GPU where there is one (``-m gpu``).
+Whatever the kernels allocate is filled with NaN or garbage first.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from masq.kernels.base import RowSmoothing
+from masq.numerics.affine import quantize
+from masq.numerics.scheme import TensorFormat
+from tests.kernels import cases
+from tests.kernels.interpreting import (
+    ACTIVATION,
+    DTYPES,
+    INTERPRETED,
+    KERNEL,
+    moved,
+    run,
+    run_in_interpreter,
+)
+
+UNITS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is what it runs")
+def test_everything_in_the_interpreter():
+    run_in_interpreter(__file__, "test_rows")
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_have_the_codes_of_the_reference(triton_device, dtype, bits):
+    fmt = cases.per_token(bits)
+    for count, inner in ((1, 1), (5, 130), (70, 128), (3, 2100)):
+        x, smooth = cases.rows(count, inner, dtype), cases.smoothing(count, inner, 3)
+        # Every value halfway between two codes of a row whose scale is one.
+        x[0] = (torch.arange(inner) % (2 * fmt.qmax) - fmt.qmax + 0.5).to(dtype)
+        x[0, 0] = fmt.qmax
+        for given in (None, smooth, RowSmoothing(smooth.inverse[:1].contiguous(), None)):
+            found = KERNEL.quantize(x.to(triton_device), fmt, moved(given, triton_device))
+            wanted = cases.ReferenceKernel().quantize(x, fmt, given)
+            codes = found.data.cpu()
+            assert torch.equal(codes[:, :inner], wanted.data)
+            assert not codes[:, inner:].any()
+            assert torch.equal(found.scale.cpu(), wanted.scale)
+
+
+def test_rows_at_the_ends_of_the_range(triton_device):
+    tiny, top = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    x = torch.ones(7, 130) * torch.tensor([tiny, tiny * 127, tiny * 126, top, 2.0**-149, 0, -0.0])[:, None]
+    found, wanted = KERNEL.quantize(x.to(triton_device), ACTIVATION, None), quantize(x, ACTIVATION)
+    assert torch.equal(found.data.cpu()[:, :130], wanted.codes)
+    assert torch.equal(found.scale.cpu(), wanted.scale)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_rows_that_are_not_finite_do_not_pass_for_numbers(triton_device):
+    x = cases.rows(8, 300, torch.float32)
+    x[2, 7], x[4, 299], x[6, 0] = float("nan"), float("inf"), -float("inf")
+    packed = cases.weight(33, 300, TensorFormat(4))
+    found = run(triton_device, x, packed, ACTIVATION)
+    finite = torch.tensor([0, 1, 3, 5, 7])
+    assert torch.equal(found[finite], cases.oracle(x[finite], packed, ACTIVATION))
+    assert not found[[2, 4, 6]].isfinite().all(1).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_projected_on_the_first_factor(triton_device, launches, dtype):
+    x, left = cases.rows(90, 300, dtype) / 100, torch.randn(300, 37).to(dtype)
+    smooth, rows = cases.smoothing(90, 300, 3), torch.randperm(90)[:70]
+    for given in (smooth, None):
+        vectors = (None, None) if given is None else (given.inverse.to(triton_device), given.rows.to(triton_device))
+        u = launches.low_rank_down(x.to(triton_device), rows.to(triton_device), *vectors, left.to(triton_device)).cpu()
+        smoothed = cases.ReferenceKernel().smooth(x, rows, given).double()
+        exact, magnitude = smoothed @ left.double(), smoothed.abs() @ left.double().abs()
+        assert u.dtype == dtype
+        assert ((u.double() - exact).abs() <= 304 * 2.0**-23 * magnitude + UNITS[dtype] * exact.abs() + 2.0**-25).all()
+    assert launches.low_rank_down(
+        x.to(triton_device), rows[:0].to(triton_device), None, None, left.to(triton_device)
+    ).shape == (0, 37)
+
+
+def check_codes(codes, scale, exact, slack):
+    """Codes of rows known in float64: nearest but within ``slack`` (relative to the row's largest) of a tie."""
+    inner, highest = exact.shape[1], exact.abs().amax(1, keepdim=True)
+    scale = scale.cpu().double()
+    assert ((scale * ACTIVATION.qmax - highest).abs() <= slack * highest)[highest > 1e-30].all()
+    error = (codes.cpu()[:, :inner].double() - exact / scale).abs()
+    assert (error <= 0.5 + 2 * ACTIVATION.qmax * slack).all()
+    assert not codes[:, inner:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", [False, True])
+def test_rows_under_the_norm(triton_device, launches, dtype, residual):
+    for count, inner in ((1, 1), (5, 130), (37, 576)):
+        x, other, gamma = (part.to(dtype) for part in (*torch.randn(2, count, inner), torch.rand(inner) + 0.5))
+        smooth, keep = cases.smoothing(count, inner, 3), torch.arange(count) % 3 == 0
+        inverse = smooth.inverse[smooth.rows].double()
+        arguments = (x, other if residual else None, gamma, 1e-6, smooth.inverse, smooth.rows, keep, 127)
+        codes, scale, summed, normed = launches.norm_smooth_quantize(*(moved(one, triton_device) for one in arguments))
+        total = x + other if residual else x
+        assert torch.equal(summed.cpu(), total) if residual else not summed.numel()
+        exact = torch.nn.functional.rms_norm(total.double(), (inner,), gamma.double(), 1e-6)
+        check_codes(codes, scale, exact * inverse, (inner + 16) * 2.0**-24)
+        bound = (UNITS[dtype] + (inner + 16) * 2.0**-24) * exact.abs()
+        assert ((normed.cpu().double() - exact).abs() <= bound)[keep].all()
+        assert normed.cpu()[~keep].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_silu_times_up(triton_device, launches, dtype):
+    for count, inner in ((1, 1), (5, 130), (37, 576)):
+        both = (torch.randn(count, 2 * inner) * 4).to(dtype)
+        gate, up = both.to(triton_device).split(inner, dim=1)
+        smooth = cases.smoothing(count, inner, 3)
+        codes, scale = launches.silu_mul_smooth_quantize(
+            gate, up, smooth.inverse.to(triton_device), smooth.rows.to(triton_device), 127
+        )
+        exact = torch.nn.functional.silu(both[:, :inner].double()) * both[:, inner:].double()
+        check_codes(codes, scale, exact * smooth.inverse[smooth.rows].double(), 16 * 2.0**-24)
+        bare, _ = launches.silu_mul_smooth_quantize(gate, up, None, None, 127)
+        check_codes(bare, _, exact, 16 * 2.0**-24)
