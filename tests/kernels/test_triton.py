@@ -173,45 +173,6 @@ def test_added_rows_in_any_dtype_and_number(triton_device, dtype):
     )
 
 
-def test_integers_in_a_compiled_graph(triton_device, launches):
-    """One graph without a break, and shapes that need no data."""
-    packed = moved(cases.weight(48, 192, TensorFormat(4)), triton_device)
-    held = KERNEL.prepare(packed, ACTIVATION)
-
-    def layer(x):
-        codes, scale = launches.smooth_quantize(x, None, None, 127)
-        rest = (held.tensors["codes"], held.tensors["scale"], None, None, None, [], [], [], [], True, x.dtype)
-        return launches.multiply_codes(codes, scale, *rest)
-
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for count in (5, 9):
-        x = cases.rows(count, 192, torch.bfloat16).to(triton_device)
-        assert torch.equal(compiled(x), layer(x))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("count", [1, 300])
-def test_a_captured_graph_reads_what_is_new(count):
-    packed, held = cases.weight(48, 1024, TensorFormat(4)), None
-    x, smooth = cases.rows(count, 1024, torch.bfloat16).cuda(), moved(cases.smoothing(count, 1024, 3), "cuda")
-    added = moved(cases.addend(count, 48, 0.5, torch.bfloat16), "cuda")
-    held = KERNEL.prepare(moved(packed, "cuda"), ACTIVATION)
-
-    def layer():
-        quantized = KERNEL.quantize(x, ACTIVATION, smooth)
-        return KERNEL.gemm(quantized, held, bias=None, addend=added, dtype=torch.bfloat16)
-
-    layer()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = layer()
-    for seed in (5, 6):
-        x.copy_(cases.rows(count, 1024, torch.bfloat16, seed))
-        graph.replay()
-        assert torch.equal(found, layer())
-
-
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("size", [(1, 1), (48, 192), (33, 961)], ids=str)
 def test_the_stored_weight_comes_back(bits, size):

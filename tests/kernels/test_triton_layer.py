@@ -1,0 +1,123 @@
+"""Triton kernels where they are used: in layers, in compiled and in captured graphs; in the interpreter or on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from masq import kernels
+from masq.models.base import Modality
+from masq.modules import stack as modules
+from masq.modules.modality import ModalityContext
+from masq.modules.packed_linear import PackedLinear
+from masq.modules.quant_linear import QuantLinear
+from masq.numerics.affine import quantize
+from masq.numerics.scheme import TensorFormat
+from tests.kernels import cases
+from tests.kernels.interpreting import (
+    ACTIVATION,
+    INTERPRETED,
+    KERNEL,
+    moved,
+    run_in_interpreter,
+)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is what it runs")
+def test_everything_in_the_interpreter():
+    run_in_interpreter(__file__, "test_layers")
+
+
+def test_layers_in_a_compiled_graph(triton_device, launches):
+    """One graph without a break, and shapes that need no data."""
+    packed = moved(cases.weight(48, 192, TensorFormat(4)), triton_device)
+    held = KERNEL.prepare(packed, ACTIVATION)
+
+    def layer(x):
+        codes, scale = launches.smooth_quantize(x, None, None, 127)
+        rest = (held.tensors["codes"], held.tensors["scale"], None, None, None, [], [], [], [], True, x.dtype)
+        return launches.multiply_codes(codes, scale, *rest)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for count in (5, 9):
+        x = cases.rows(count, 192, torch.bfloat16).to(triton_device)
+        assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("name", ["smooth_quantize", "multiply_codes", "low_rank_down"])
+def test_layers_of_operations_that_torch_checks(triton_device, launches, name):
+    """Schema, what is returned without data, and dynamic shapes, by torch's own test of operations."""
+    x, smooth = cases.rows(5, 192, torch.bfloat16).to(triton_device), moved(cases.smoothing(5, 192, 3), triton_device)
+    held = KERNEL.prepare(moved(cases.weight(48, 192, TensorFormat(4)), triton_device), ACTIVATION)
+    codes, scale = launches.smooth_quantize(x, smooth.inverse, smooth.rows, 127)
+    weight = (held.tensors["codes"], held.tensors["scale"], None, None, None)
+    arguments = {
+        "smooth_quantize": (x, smooth.inverse, smooth.rows, 127),
+        "multiply_codes": (codes, scale, *weight, [], [], [], [], True, torch.float32),
+        "low_rank_down": (x, smooth.rows, smooth.inverse, smooth.rows, x[:, :7].new_ones(192, 7)),
+    }
+    torch.library.opcheck(getattr(launches, name), arguments[name])
+
+
+def test_layers_that_share_an_input(triton_device, monkeypatch):
+    """Prefill of three modalities and decoding of text, against the reference."""
+    if triton_device == "cpu":
+        monkeypatch.setattr(modules, "select", lambda *_: KERNEL)
+    context, generator = ModalityContext(), torch.Generator().manual_seed(0)
+    layers = []
+
+    def factors(out, rank):
+        shapes = (130, rank), (rank, out)
+        return tuple((torch.randn(*shape, generator=generator) / 9).bfloat16() for shape in shapes)
+
+    for out, rank in ((64, 40), (32, 0), (17, 3)):
+        weight = quantize(torch.randn(out, 130, generator=generator), TensorFormat(4))
+        layer = QuantLinear(
+            weights={Modality.TEXT: weight},
+            bias=torch.randn(out, generator=generator),
+            activation=ACTIVATION,
+            smoothing={m: torch.full((130,), 1.5) ** int(m) for m in Modality if m >= 0},
+            corrections={m: factors(out, rank) for m in (Modality.VISION, Modality.AUDIO)} if rank else None,
+            context=context,
+            dtype=torch.bfloat16,
+        )
+        layers.append(layer)
+    for ids in (torch.tensor([[-1, 0, 1, 1, 0, 2, 0] * 3]), torch.tensor([[0]]), torch.tensor([[2]])):
+        x = torch.randn(*ids.shape, 130, generator=generator).bfloat16()
+        found = []
+        for kernel, device in (("reference", "cpu"), ("triton", triton_device)):
+            context.set(ids.to(torch.int8).to(device))
+            with monkeypatch.context() as patch:
+                if kernel == "reference":
+                    patch.setattr(modules, "select", kernels.select)
+                packed = [PackedLinear.from_simulated(layer, kernel).to(device) for layer in layers]
+                modules.stack(packed)
+                on_device = x.to(device)
+                found.append(torch.cat([layer(on_device) for layer in packed], dim=-1).float().cpu())
+            assert packed[0].stack.prepare().kernel.name == kernel
+        text = ids[0] <= 0
+        assert torch.equal(found[0][:, text], found[1][:, text])
+        assert float((found[0] - found[1]).norm() / found[0].norm()) < 4e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("count", [1, 300])
+def test_a_captured_graph_reads_what_is_new(count):
+    packed, held = cases.weight(48, 1024, TensorFormat(4)), None
+    x, smooth = cases.rows(count, 1024, torch.bfloat16).cuda(), moved(cases.smoothing(count, 1024, 3), "cuda")
+    added = moved(cases.addend(count, 48, 0.5, torch.bfloat16), "cuda")
+    held = KERNEL.prepare(moved(packed, "cuda"), ACTIVATION)
+
+    def layer():
+        quantized = KERNEL.quantize(x, ACTIVATION, smooth)
+        return KERNEL.gemm(quantized, held, bias=None, addend=added, dtype=torch.bfloat16)
+
+    layer()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = layer()
+    for seed in (5, 6):
+        x.copy_(cases.rows(count, 1024, torch.bfloat16, seed))
+        graph.replay()
+        assert torch.equal(found, layer())
