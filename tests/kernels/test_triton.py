@@ -88,7 +88,7 @@ def test_integers_whatever_the_tile(triton_device, launches, monkeypatch, bits):
     x, packed = cases.rows(150, 300, torch.float32), cases.weight(140, 300, TensorFormat(bits))
     wanted = cases.oracle(x, packed, ACTIVATION)
     table = table_of(10 * torch.cuda.get_device_capability()[0]) if triton_device == "cuda" else 90
-    for tile in {*tiles_of(table, bits == 4), dataclasses.replace(choose(table, bits == 4, 64), inner=64, group=1)}:
+    for tile in {*tiles_of(table, bits == 4), dataclasses.replace(tiles_of(table, bits == 4)[2], inner=64, group=1)}:
         monkeypatch.setattr(launches, "choose", lambda *_, tile=tile: tile)
         assert torch.equal(run(triton_device, x, packed, ACTIVATION), wanted)
 
@@ -201,10 +201,27 @@ def test_the_stored_factors_come_back():
 
 
 def test_splits_give_every_processor_work_and_no_more():
-    tile = choose(90, True, 1)
     for outputs, inner, wanted in ((37888, 3584, 1), (3584, 3584, 4), (3584, 18944, 8), (512, 256, 1), (4608, 3584, 4)):
-        assert num_splits(tile, 1, outputs, inner, 132) == wanted
-    assert num_splits(choose(90, True, 65), 65, 64, 18944, 132) == 1
+        assert num_splits(choose(90, True, 1, outputs, 132), 1, outputs, inner, 132) == wanted
+    assert num_splits(choose(90, True, 65, 64, 132), 65, 64, 18944, 132) == 1
+
+
+@pytest.mark.parametrize("four", [False, True])
+@pytest.mark.parametrize("table", [80, 89, 90])
+def test_tiles_grow_with_the_product(table, four):
+    tiles = tiles_of(table, four)
+    for outputs in (64, 3584, 37888):
+        chosen = [choose(table, four, rows, outputs, 132) for rows in (1, 16, 17, 33, 65, 500, 3000, 100_000)]
+        assert chosen[:4] == [tiles[0], tiles[0], tiles[1], tiles[2]]
+        sizes = [tile.rows * tile.outputs for tile in chosen]
+        assert sizes == sorted(sizes)
+    assert chosen[-1] == tiles[-1]
+    assert choose(table, four, 129, 64, 132).rows <= 64
+
+
+@pytest.mark.parametrize(("capability", "table"), [(80, 80), (86, 89), (90, 90), (100, 89), (120, 89)])
+def test_a_gpu_that_the_table_does_not_name_takes_the_smallest(capability, table):
+    assert table_of(capability) == table
 
 
 SPEC = LinearSpec(64, 48, LinearFormat(TensorFormat(4), ACTIVATION), "cuda")

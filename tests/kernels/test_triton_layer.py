@@ -22,6 +22,14 @@ from tests.kernels.interpreting import (
     run_in_interpreter,
 )
 
+OPERATIONS = [
+    "smooth_quantize",
+    "silu_mul_smooth_quantize",
+    "norm_smooth_quantize",
+    "multiply_codes",
+    "low_rank_down",
+]
+
 
 @pytest.mark.skipif(INTERPRETED, reason="this is what it runs")
 def test_everything_in_the_interpreter():
@@ -44,7 +52,7 @@ def test_layers_in_a_compiled_graph(triton_device, launches):
         assert torch.equal(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize("name", ["smooth_quantize", "multiply_codes", "low_rank_down"])
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_layers_of_operations_that_torch_checks(triton_device, launches, name):
     """Schema, what is returned without data, and dynamic shapes, by torch's own test of operations."""
     x, smooth = cases.rows(5, 192, torch.bfloat16).to(triton_device), moved(cases.smoothing(5, 192, 3), triton_device)
@@ -54,8 +62,11 @@ def test_layers_of_operations_that_torch_checks(triton_device, launches, name):
     arguments = {
         "smooth_quantize": (x, smooth.inverse, smooth.rows, 127),
         "multiply_codes": (codes, scale, *weight, [], [], [], [], True, torch.float32),
+        "silu_mul_smooth_quantize": (x, x, smooth.inverse, None, 127),
+        "norm_smooth_quantize": (x, x, x[0], 1e-6, smooth.inverse, smooth.rows, scale[:, 0] > 0, 127),
         "low_rank_down": (x, smooth.rows, smooth.inverse, smooth.rows, x[:, :7].new_ones(192, 7)),
     }
+    assert sorted(arguments) == sorted(OPERATIONS)
     torch.library.opcheck(getattr(launches, name), arguments[name])
 
 

@@ -109,7 +109,8 @@ def quantize_rows(  # noqa: PLR0913
     if other is not None:
         second = tl.load(other + row[:, None] * other_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
         if SOURCE == _SILU_MUL:
-            values = values / (1.0 + tl.exp(-values)) * second
+            small = tl.exp(-tl.abs(values))
+            values = values * tl.where(values >= 0, 1.0, small) / (1.0 + small) * second
         else:
             # The sum as it is stored: what the model itself would normalize.
             stored = rounded(values + second, summed.dtype.element_ty, INTERPRETED)

@@ -197,7 +197,7 @@ def multiply_codes(  # noqa: PLR0913
     if y.numel() == 0:
         return y
     table, processors = gpu(x.device)
-    tile = choose(table, four, len(x))
+    tile = choose(table, four, len(x), len(w), processors)
     plain = added is None and not u
     splits = num_splits(tile, len(x), len(w), x.shape[1], processors) if plain else 1
     sums = y if splits == 1 else x.new_empty(splits, len(x), len(w), dtype=torch.int32)

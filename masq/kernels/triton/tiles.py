@@ -1,4 +1,4 @@
-"""Tile sizes of the products by GPU, as data: chosen by rows, outputs and inputs, without asking the GPU anything.
+"""Tile sizes of the products by GPU, as data: chosen by rows, outputs and inputs.
 
 They follow from what a compute capability has: 9.0 multiplies tiles from shared memory by groups of warps (128 x 256 of
 8-bit codes; of 4-bit ones 128 x 128 in at most 128 registers, so that two programs share a multiprocessor and one
@@ -19,6 +19,7 @@ SPLIT_ROWS = 64
 MAX_SPLITS = 8
 _BLOCKS_PER_SPLIT = 4
 _PROGRAMS_PER_PROCESSOR = 2
+_LEAST_WORK = 0.75
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,6 @@ _TILES: dict[tuple[int, bool], tuple[Tile, ...]] = {
         Tile(16, 16, 64, 128, 4, 6),
         Tile(32, 32, 64, 128, 4, 5),
         Tile(64, 64, 64, 128, 4, 4),
-        Tile(128, 128, 128, 128, 8, 3),
         Tile(512, 128, 128, 128, 8, 3),
         Tile(None, 256, 128, 128, 8, 3),
     ),
@@ -119,16 +119,27 @@ def tiles_of(table: int, four: bool) -> tuple[Tile, ...]:
     return _TILES[table, four]
 
 
-def choose(table: int, four: bool, num_rows: int) -> Tile:
-    """The line of a table for a number of rows."""
-    return next(tile for tile in _TILES[table, four] if tile.max_rows is None or num_rows <= tile.max_rows)
+def num_programs(tile: Tile, num_rows: int, num_outputs: int) -> int:
+    """How many tiles a product has."""
+    return -(-num_rows // tile.rows) * -(-num_outputs // tile.outputs)
+
+
+def choose(table: int, four: bool, num_rows: int, num_outputs: int, processors: int) -> Tile:
+    """The first line of a table for a number of rows; a smaller one where that leaves processors without work."""
+    tiles = _TILES[table, four]
+    index = next(at for at, tile in enumerate(tiles) if tile.max_rows is None or num_rows <= tile.max_rows)
+    while num_rows > SPLIT_ROWS and tiles[index].rows > SPLIT_ROWS:
+        if num_programs(tiles[index], num_rows, num_outputs) >= _LEAST_WORK * processors:
+            break
+        index -= 1
+    return tiles[index]
 
 
 def num_splits(tile: Tile, num_rows: int, num_outputs: int, num_inner: int, processors: int) -> int:
     """Into how many slices to cut the inputs so that every processor has work: a power of two, 1 for many rows."""
     if num_rows > SPLIT_ROWS:
         return 1
-    programs = -(-num_rows // tile.rows) * -(-num_outputs // tile.outputs)
+    programs = num_programs(tile, num_rows, num_outputs)
     splits = 1
     while splits < MAX_SPLITS and 2 * splits * _BLOCKS_PER_SPLIT <= num_inner // BLOCK:
         if splits * programs >= _PROGRAMS_PER_PROCESSOR * processors:
