@@ -106,11 +106,12 @@ def test_few_rows_are_split_and_combined(four):
     assert [one.name for one in wide] == ["multiply"]
 
 
+@pytest.mark.parametrize("num_rows", [1, 300])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_rows(capability):
+def test_rows(capability, num_rows):
     """Of the widths of a model of 7 billion weights: the norm has its hidden size, SiLU the larger one."""
-    hidden, wide = (torch.empty(64, inner, dtype=torch.bfloat16) for inner in (INNER, 18944))
-    vectors, keep = torch.empty(64, dtype=torch.int64), torch.empty(64, dtype=torch.int8)
+    hidden, wide = (torch.empty(num_rows, inner, dtype=torch.bfloat16) for inner in (INNER, 18944))
+    vectors, keep = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows, dtype=torch.int8)
     inverse = torch.empty(3, INNER)
     with for_gpu(capability) as made:
         ops.smooth_quantize(hidden, inverse, vectors, 127)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from masq.kernels.base import RowSmoothing
+from masq.kernels.triton import fused
 from masq.numerics.affine import quantize
 from masq.numerics.scheme import TensorFormat
 from tests.kernels import cases
@@ -69,60 +70,71 @@ def test_rows_that_are_not_finite_do_not_pass_for_numbers(triton_device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_projected_on_the_first_factor(triton_device, launches, dtype):
-    x, left = cases.rows(90, 300, dtype) / 100, torch.randn(300, 37).to(dtype)
+@pytest.mark.parametrize("rank", [7, 71])
+def test_rows_projected_on_the_first_factor(triton_device, dtype, rank):
+    x, left = cases.rows(90, 300, dtype) / 100, torch.randn(300, rank).to(dtype)
     smooth, rows = cases.smoothing(90, 300, 3), torch.randperm(90)[:70]
-    for given in (smooth, None):
-        vectors = (None, None) if given is None else (given.inverse.to(triton_device), given.rows.to(triton_device))
-        u = launches.low_rank_down(x.to(triton_device), rows.to(triton_device), *vectors, left.to(triton_device)).cpu()
+    for given in (smooth, RowSmoothing(smooth.inverse[:1].contiguous(), None), None):
+        u = fused.project(*(moved(one, triton_device) for one in (x, rows, given, left))).cpu()
         smoothed = cases.ReferenceKernel().smooth(x, rows, given).double()
         exact, magnitude = smoothed @ left.double(), smoothed.abs() @ left.double().abs()
         assert u.dtype == dtype
         assert ((u.double() - exact).abs() <= 304 * 2.0**-23 * magnitude + UNITS[dtype] * exact.abs() + 2.0**-25).all()
-    assert launches.low_rank_down(
-        x.to(triton_device), rows[:0].to(triton_device), None, None, left.to(triton_device)
-    ).shape == (0, 37)
+    assert fused.project(*(moved(one, triton_device) for one in (x, rows[:0], None, left))).shape == (0, rank)
 
 
-def check_codes(codes, scale, exact, slack):
+def check_codes(quantized, exact, slack):
     """Codes of rows known in float64: nearest but within ``slack`` (relative to the row's largest) of a tie."""
     inner, highest = exact.shape[1], exact.abs().amax(1, keepdim=True)
-    scale = scale.cpu().double()
+    codes, scale = quantized.data.cpu(), quantized.scale.cpu().double()
     assert ((scale * ACTIVATION.qmax - highest).abs() <= slack * highest)[highest > 1e-30].all()
-    error = (codes.cpu()[:, :inner].double() - exact / scale).abs()
+    error = (codes[:, :inner].double() - exact / scale).abs()
     assert (error <= 0.5 + 2 * ACTIVATION.qmax * slack).all()
     assert not codes[:, inner:].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("residual", [False, True])
-def test_rows_under_the_norm(triton_device, launches, dtype, residual):
+def test_rows_under_the_norm(triton_device, dtype, residual):
     for count, inner in ((1, 1), (5, 130), (37, 576)):
         x, other, gamma = (part.to(dtype) for part in (*torch.randn(2, count, inner), torch.rand(inner) + 0.5))
         smooth, keep = cases.smoothing(count, inner, 3), torch.arange(count) % 3 == 0
-        inverse = smooth.inverse[smooth.rows].double()
-        arguments = (x, other if residual else None, gamma, 1e-6, smooth.inverse, smooth.rows, keep, 127)
-        codes, scale, summed, normed = launches.norm_smooth_quantize(*(moved(one, triton_device) for one in arguments))
+        more = {"residual": other if residual else None, "keep": keep}
+        more = {name: moved(one, triton_device) for name, one in more.items()}
+        found = fused.normalize(
+            *(x.to(triton_device), gamma.to(triton_device), 1e-6, ACTIVATION, moved(smooth, triton_device)), **more
+        )
         total = x + other if residual else x
-        assert torch.equal(summed.cpu(), total) if residual else not summed.numel()
+        assert torch.equal(found.summed.cpu(), total) if residual else found.summed is None
         exact = torch.nn.functional.rms_norm(total.double(), (inner,), gamma.double(), 1e-6)
-        check_codes(codes, scale, exact * inverse, (inner + 16) * 2.0**-24)
+        inverse = smooth.inverse[smooth.rows].double()
+        check_codes(found.activation, exact * inverse, (inner + 16) * 2.0**-24)
+        normalized = found.normalized.cpu()
         bound = (UNITS[dtype] + (inner + 16) * 2.0**-24) * exact.abs()
-        assert ((normed.cpu().double() - exact).abs() <= bound)[keep].all()
-        assert normed.cpu()[~keep].isnan().all()
+        assert ((normalized.double() - exact).abs() <= bound)[keep].all()
+        assert normalized[~keep].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_silu_times_up(triton_device, launches, dtype):
+def test_rows_of_silu_times_up(triton_device, dtype):
     for count, inner in ((1, 1), (5, 130), (37, 576)):
         both = (torch.randn(count, 2 * inner) * 4).to(dtype)
         both[:, 0] = torch.linspace(-1000, 1000, count)
-        gate, up = both.to(triton_device).split(inner, dim=1)
+        parts = both.to(triton_device).split(inner, dim=1)
         smooth = cases.smoothing(count, inner, 3)
-        codes, scale = launches.silu_mul_smooth_quantize(
-            gate, up, smooth.inverse.to(triton_device), smooth.rows.to(triton_device), 127
-        )
         exact = torch.nn.functional.silu(both[:, :inner].double()) * both[:, inner:].double()
-        check_codes(codes, scale, exact * smooth.inverse[smooth.rows].double(), 16 * 2.0**-24)
-        bare, _ = launches.silu_mul_smooth_quantize(gate, up, None, None, 127)
-        check_codes(bare, _, exact, 16 * 2.0**-24)
+        for given, factor in ((smooth, smooth.inverse[smooth.rows].double()), (None, 1.0)):
+            found = fused.silu_times_up(*parts, ACTIVATION, moved(given, triton_device))
+            check_codes(found, exact * factor, 16 * 2.0**-24)
+
+
+def test_rows_normalized_and_multiplied(triton_device):
+    """What comes out of the norm is what a product takes."""
+    x, gamma, packed = torch.randn(9, 130), torch.ones(130), cases.weight(33, 130, TensorFormat(4))
+    found = fused.normalize(x.to(triton_device), gamma.to(triton_device), 1e-6, ACTIVATION, None)
+    assert found.summed is None
+    assert found.normalized is None
+    held = KERNEL.prepare(moved(packed, triton_device), ACTIVATION)
+    y = KERNEL.gemm(found.activation, held, bias=None, addend=None, dtype=torch.float32).cpu()
+    wanted = cases.oracle(torch.nn.functional.rms_norm(x, (130,), gamma, 1e-6), packed, ACTIVATION)
+    assert float((y - wanted).norm() / wanted.norm()) < 1e-2

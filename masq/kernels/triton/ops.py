@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 INTERPRETED = not isinstance(device_gemm.multiply, triton.JITFunction)
 """Whether the functions of this process run in Triton's interpreter."""
-MAX_COLUMNS = 2**15
-"""Inputs of a row that one program holds in registers."""
 _ELEMENTS_PER_PROGRAM = 2048
-_ELEMENTS_PER_WARP = 1024
+FEW_ROWS = 64
+"""Up to here a row is quantized by more warps."""
+_ELEMENTS_PER_WARP, _ELEMENTS_PER_WARP_OF_FEW = 1024, 256
 _INTERPRETED_ELEMENTS = 2**16
 _INTERPRETED_GPU = (90, 8)
 
@@ -69,13 +69,13 @@ def _padded(num_inner: int) -> int:
     return -(-num_inner // BLOCK) * BLOCK
 
 
-def _row_shape(num_padded: int) -> dict[str, int]:
-    """How many rows a program takes, and by how many warps."""
+def _row_shape(num_rows: int, num_padded: int) -> dict[str, int]:
+    """How many rows a program takes, and by how many warps: few rows leave processors idle, and get more of them."""
     columns = triton.next_power_of_2(num_padded)
     elements = _INTERPRETED_ELEMENTS if INTERPRETED else _ELEMENTS_PER_PROGRAM
-    rows = max(elements // columns, 1)
-    warps = min(max(rows * columns // _ELEMENTS_PER_WARP, 4), 32)
-    return {"ROWS": rows, "COLUMNS": columns, "num_warps": triton.next_power_of_2(warps)}
+    rows = max(elements // columns, 1) if num_rows > FEW_ROWS or INTERPRETED else 1
+    warps = rows * columns // (_ELEMENTS_PER_WARP if num_rows > FEW_ROWS else _ELEMENTS_PER_WARP_OF_FEW)
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": min(max(triton.next_power_of_2(warps), 4), 32)}
 
 
 def _quantize(x: torch.Tensor, qmax: int, source: int, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +85,7 @@ def _quantize(x: torch.Tensor, qmax: int, source: int, **given: Any) -> tuple[to
     scale = x.new_empty(num_rows, 1, dtype=torch.float32)
     names = ("other", "gamma", "inverse", "vectors", "keep")
     other = given.get("other")
-    shape = _row_shape(num_padded)
+    shape = _row_shape(num_rows, num_padded)
     if num_rows:
         _launch(
             *(device_rows.quantize_rows, (triton.cdiv(num_rows, shape["ROWS"]),), x),
@@ -261,7 +261,8 @@ def low_rank_down(
     """U [n, R] = smoothed ``x[rows]`` times L1 [I, R], all in the dtype of x [N, I], sums in float32."""
     u = x.new_empty(len(rows), left.shape[1])
     if u.numel():
-        block_m, block_r, block_k = 64, 32, 64
+        block_m, block_k = 64, 64
+        block_r = min(max(triton.next_power_of_2(u.shape[1]), 16), 64)
         _launch(
             *(device_gemm.project, (triton.cdiv(len(u), block_m), triton.cdiv(u.shape[1], block_r)), x),
             *(rows, inverse, vectors, left, u, len(u), x.shape[1], u.shape[1]),
