@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from masq.kernels.base import LinearSpec, LowRank, RowAddend, RowSmoothing
+from masq.kernels.triton import kernel
 from masq.kernels.triton.kernel import MAX_INPUTS
 from masq.kernels.triton.tiles import choose, num_splits, table_of, tiles_of
 from masq.numerics.affine import quantize
@@ -242,6 +243,7 @@ GROUPED = TensorFormat(4, granularity="per_group", group_size=32)
     ],
 )
 def test_reasons(monkeypatch, changes, reason):
+    monkeypatch.setattr(kernel, "find_spec", lambda _name: "there")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -251,8 +253,7 @@ def test_reasons(monkeypatch, changes, reason):
 
 
 def test_reasons_of_machines(monkeypatch):
-    from masq.kernels.triton import kernel
-
+    monkeypatch.setattr(kernel, "find_spec", lambda _name: "there")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert KERNEL.not_supported_reasons(SPEC) == ["torch finds no NVIDIA GPU"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

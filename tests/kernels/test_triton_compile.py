@@ -14,6 +14,8 @@ from tests.kernels.interpreting import INTERPRETED
 if INTERPRETED:
     pytest.skip("a process that interprets compiles nothing", allow_module_level=True)
 
+pytest.importorskip("triton")
+
 from masq.kernels.triton import ops
 from masq.kernels.triton.tiles import SHARED_MEMORY, Tile, tiles_of
 from tests.kernels.compiling import CUOBJDUMP, PROCESSORS, Compiled, for_gpu
