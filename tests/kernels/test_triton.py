@@ -88,7 +88,7 @@ def test_integers_whatever_the_number_of_splits(triton_device, launches, monkeyp
 def test_integers_whatever_the_tile(triton_device, launches, monkeypatch, bits):
     x, packed = cases.rows(150, 300, torch.float32), cases.weight(140, 300, TensorFormat(bits))
     wanted = cases.oracle(x, packed, ACTIVATION)
-    table = table_of(10 * torch.cuda.get_device_capability()[0]) if triton_device == "cuda" else 90
+    table, _ = launches.gpu(torch.device(triton_device))
     for tile in {*tiles_of(table, bits == 4), dataclasses.replace(tiles_of(table, bits == 4)[2], inner=64, group=1)}:
         monkeypatch.setattr(launches, "choose", lambda *_, tile=tile: tile)
         assert torch.equal(run(triton_device, x, packed, ACTIVATION), wanted)

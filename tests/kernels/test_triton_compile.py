@@ -85,6 +85,7 @@ def test_a_product(capability: int, four: bool, tile: Tile, corrected: bool, rec
     assert integer
     assert bool(floats) == corrected
     assert "st.shared.b8" not in compiled.ptx
+    assert ("cp.async.bulk.tensor" in compiled.ptx) == tile.described
     if not corrected:
         # Neither unpacking nor loading ahead takes codes apart byte by byte; the epilogue packs pairs of bfloat16.
         assert compiled.sass.count("PRMT") <= 32

@@ -103,6 +103,25 @@ def _sums8(  # noqa: PLR0913
 
 
 @triton.jit
+def _described_sums8(  # noqa: PLR0913
+    x,
+    w,
+    first_row,
+    first_out,
+    first,
+    last,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """As ``_sums8``, of matrices that the GPU knows by descriptors: one thread fetches whole tiles, tails as zeros."""
+    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    for start in range(first * _BLOCK, last * _BLOCK, BLOCK_K):
+        sums = tl.dot(w.load([first_out, start]), x.load([first_row, start]).T, sums, out_dtype=tl.int32)
+    return sums
+
+
+@triton.jit
 def _scaled(sums, x_scale, w_scale, row, out, there_m, there_n, FOUR: tl.constexpr):
     """Sums rounded once to float32, times the scale of their row, times that of their output."""
     y = sums.to(tl.float32)
@@ -160,13 +179,12 @@ def _anew(number, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _tile(program, num_rows, num_outputs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Which rows and outputs a program computes: ``GROUP`` tiles of rows share a column of weights while it is hot."""
+    """First row and output of a program: ``GROUP`` tiles of rows share a column of weights while it is hot."""
     tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_outputs, BLOCK_N)
     group = program // (GROUP * tiles_n)
     size = tl.minimum(tiles_m - group * GROUP, GROUP)
     within = program % (GROUP * tiles_n)
-    row = (group * GROUP + within % size) * BLOCK_M + tl.arange(0, BLOCK_M)
-    return row, (within // size) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return (group * GROUP + within % size) * BLOCK_M, (within // size) * BLOCK_N
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -198,6 +216,7 @@ def multiply(  # noqa: C901, PLR0912, PLR0913
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     DIRECT: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Y [M, N] of x int8 [M, K] and w int8 [N, K] or, if ``FOUR``, uint8 [N, K / 2]; or int32 sums y [S, M, N].
@@ -205,20 +224,23 @@ def multiply(  # noqa: C901, PLR0912, PLR0913
     With ``SPLITS`` above one a program sums over one slice of K and stores it; ``combine`` does the rest. ``added``:
     [n, N], row ``added_place`` (int32 [M], -1 for none) of it is added. ``u`` to ``parts`` are tuples of ``NUM_TERMS``,
     one a modality, see ``_corrected``; a tile without a row of a modality does not touch its factors. ``DIRECT``:
-    tensor cores read weights from shared memory.
+    tensor cores read weights from shared memory; ``DESCRIBED``: x and w are descriptors of their tensors.
     """
-    row, out = _tile(tl.program_id(0), num_rows, num_outputs, BLOCK_M, BLOCK_N, GROUP)
+    first_row, first_out = _tile(tl.program_id(0), num_rows, num_outputs, BLOCK_M, BLOCK_N, GROUP)
     # Tails read the last row or output again, which needs no mask in the loop; they are not stored.
-    from_row = tl.minimum(row, num_rows - 1).to(tl.int64)
-    from_out = tl.minimum(out, num_outputs - 1).to(tl.int64)
+    from_row = tl.minimum(first_row + tl.arange(0, BLOCK_M), num_rows - 1).to(tl.int64)
+    from_out = tl.minimum(first_out + tl.arange(0, BLOCK_N), num_outputs - 1).to(tl.int64)
     blocks, split = num_inner // _BLOCK, tl.program_id(1)
     first, last = blocks * split // SPLITS, blocks * (split + 1) // SPLITS
     if FOUR:
         sums = _sums4(x, w, from_row, from_out, num_inner, first, last, BLOCK_M, BLOCK_N, INTERPRETED)
+    elif DESCRIBED:
+        sums = _described_sums8(x, w, first_row, first_out, first, last, BLOCK_M, BLOCK_N, BLOCK_K)
     else:
         sums = _sums8(x, w, from_row, from_out, num_inner, first, last, BLOCK_M, BLOCK_N, BLOCK_K, DIRECT)
     program = _anew(tl.program_id(0), INTERPRETED)
-    row, out = _tile(program, num_rows, num_outputs, BLOCK_M, BLOCK_N, GROUP)
+    first_row, first_out = _tile(program, num_rows, num_outputs, BLOCK_M, BLOCK_N, GROUP)
+    row, out = first_row + tl.arange(0, BLOCK_M), first_out + tl.arange(0, BLOCK_N)
     there_m, there_n = row < num_rows, out < num_outputs
     if SPLITS > 1:
         to = y + (split.to(tl.int64) * num_rows + row[None, :]) * num_outputs + out[:, None]

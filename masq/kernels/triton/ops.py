@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from masq.kernels.triton import device_gemm, device_rows
 from masq.kernels.triton.layout import RANKS
-from masq.kernels.triton.tiles import BLOCK, WARP_GROUPS, choose, num_splits, table_of
+from masq.kernels.triton.tiles import BLOCK, WARP_GROUPS, Tile, choose, num_splits, table_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -58,11 +59,11 @@ def gpu(device: torch.device) -> tuple[int, int]:
     return table_of(10 * found.major + found.minor), found.multi_processor_count
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], x: torch.Tensor, *arguments: Any, **options: Any) -> None:
-    """Run a kernel on the GPU and stream of its first argument."""
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
+    """Run a kernel on a GPU and its current stream."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         # Products and sums are rounded one by one, as everywhere else: fused ones would differ in the last bit.
-        kernel[grid](x, *arguments, **options, INTERPRETED=INTERPRETED, enable_fp_fusion=False)
+        kernel[grid](*arguments, **options, INTERPRETED=INTERPRETED, enable_fp_fusion=False)
 
 
 def _padded(num_inner: int) -> int:
@@ -88,7 +89,7 @@ def _quantize(x: torch.Tensor, qmax: int, source: int, **given: Any) -> tuple[to
     shape = _row_shape(num_rows, num_padded)
     if num_rows:
         _launch(
-            *(device_rows.quantize_rows, (triton.cdiv(num_rows, shape["ROWS"]),), x),
+            *(device_rows.quantize_rows, (triton.cdiv(num_rows, shape["ROWS"]),), x.device, x),
             *(*(given.get(name) for name in names), codes, scale, given.get("summed"), given.get("normed")),
             *(num_rows, num_inner, num_padded, x.stride(0), 0 if other is None else other.stride(0)),
             given.get("eps", 0.0),
@@ -206,8 +207,10 @@ def multiply_codes(  # noqa: PLR0913
         widths, depths = tuple(one.shape[1] for one in u), tuple(one.shape[1] for one in right)
         terms = (tuple(u), tuple(place), widths, tuple(right), depths, tuple(parts))
     programs = triton.cdiv(len(x), tile.rows) * triton.cdiv(len(w), tile.outputs)
+    codes, weight = (_described(x, tile.rows, tile), _described(w, tile.outputs, tile)) if tile.described else (x, w)
     _launch(
-        *(device_gemm.multiply, (programs, splits), x, x_scale, w, w_scale, bias, added, added_place, *terms),
+        *(device_gemm.multiply, (programs, splits), x.device, codes, x_scale, weight, w_scale),
+        *(bias, added, added_place, *terms),
         *(sums, len(x), len(w), x.shape[1]),
         FOUR=four,
         NUM_TERMS=len(u),
@@ -222,6 +225,11 @@ def multiply_codes(  # noqa: PLR0913
     return y
 
 
+def _described(codes: torch.Tensor, lines: int, tile: Tile) -> TensorDescriptor:
+    """Codes [.., P] to be fetched in tiles of so many lines."""
+    return TensorDescriptor.from_tensor(codes, [lines, tile.inner])
+
+
 def _combine(
     sums: torch.Tensor,
     x_scale: torch.Tensor,
@@ -233,7 +241,7 @@ def _combine(
     num_rows, num_outputs = y.shape
     rows, outputs = min(triton.next_power_of_2(num_rows), 4), 256
     _launch(
-        *(device_gemm.combine, (triton.cdiv(num_rows, rows), triton.cdiv(num_outputs, outputs)), sums),
+        *(device_gemm.combine, (triton.cdiv(num_rows, rows), triton.cdiv(num_outputs, outputs)), y.device, sums),
         *(x_scale, w_scale, bias, y, num_rows, num_outputs),
         FOUR=four,
         SPLITS=len(sums),
@@ -264,7 +272,7 @@ def low_rank_down(
         block_m, block_k = 64, 64
         block_r = min(max(triton.next_power_of_2(u.shape[1]), 16), 64)
         _launch(
-            *(device_gemm.project, (triton.cdiv(len(u), block_m), triton.cdiv(u.shape[1], block_r)), x),
+            *(device_gemm.project, (triton.cdiv(len(u), block_m), triton.cdiv(u.shape[1], block_r)), x.device, x),
             *(rows, inverse, vectors, left, u, len(u), x.shape[1], u.shape[1]),
             BLOCK_M=block_m,
             BLOCK_R=block_r,

@@ -34,6 +34,7 @@ class Tile:
         warps: of a program.
         stages: of the pipeline that loads ahead.
         max_registers: of a thread, None leaves it to the compiler.
+        described: 8-bit codes are fetched by descriptors (the tensor memory accelerator of 9.0), not by pointers.
         group: tiles of rows that share a column of weights while it is in the second cache.
     """
 
@@ -44,12 +45,14 @@ class Tile:
     warps: int
     stages: int
     max_registers: int | None = None
+    described: bool = False
     group: int = 8
 
     @property
     def options(self) -> dict[str, int]:
         """As arguments of a launch."""
         found = {"BLOCK_M": self.rows, "BLOCK_N": self.outputs, "BLOCK_K": self.inner, "GROUP": self.group}
+        found |= {"DESCRIBED": self.described}
         found |= {"num_warps": self.warps, "num_stages": self.stages}
         return found if self.max_registers is None else found | {"maxnreg": self.max_registers}
 
@@ -88,8 +91,8 @@ _TILES: dict[tuple[int, bool], tuple[Tile, ...]] = {
         Tile(16, 16, 64, 128, 4, 6),
         Tile(32, 32, 64, 128, 4, 5),
         Tile(64, 64, 64, 128, 4, 4),
-        Tile(512, 128, 128, 128, 8, 3),
-        Tile(None, 256, 128, 128, 8, 3),
+        Tile(512, 128, 128, 128, 8, 3, described=True),
+        Tile(None, 128, 256, 128, 8, 3, described=True),
     ),
     (90, True): (
         Tile(16, 16, 64, 128, 4, 6),
