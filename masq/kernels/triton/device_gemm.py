@@ -132,40 +132,48 @@ def _scaled(sums, x_scale, w_scale, row, out, there_m, there_n, FOUR: tl.constex
 
 
 @triton.jit
+def _plus_rows(y, added, places, row, out, there_m, there_n, num_outputs):
+    """A tile plus those rows of ``added`` [n, N] that its rows have, in float32."""
+    place = tl.load(places + row, mask=there_m, other=-1)
+    if tl.max(place) >= 0:
+        at = added + place[None, :].to(tl.int64) * num_outputs + out[:, None]
+        y += tl.load(at, mask=(place >= 0)[None, :] & there_n[:, None], other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
 def _corrected(  # noqa: PLR0913
     y,
-    u,
-    place,
-    width,
-    right,
-    depth,
-    parts,
+    term,
+    row,
     out,
+    there_m,
     NUM_PARTS: tl.constexpr,
     RANKS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Add U L2 of one modality to the outputs of a tile, part by part.
+    """A tile plus U L2 of one modality, part by part; one without a row of the modality does not touch its factors.
 
-    ``u``: [n, width], row ``place`` of it corrects a row, none where it is negative; ``right``: L2^T [N, depth];
-    ``parts``: int32 [NUM_PARTS, 4], first output, end, first column of U and rank of each part.
+    ``term``: u [n, width]; places int32 [M], the row of u that corrects a row, -1 for none; width; L2^T [N, depth];
+    depth; parts int32 [NUM_PARTS, 4], first output, end, first column of U and rank of each part.
     """
-    first, end = tl.min(out), tl.max(out) + 1
-    rank = tl.arange(0, RANKS)
-    u_at = place[None, :] * width + rank[:, None]
-    right_at = out[:, None] * depth + rank[None, :]
-    for part in range(NUM_PARTS):
-        begins, ends = tl.load(parts + part * 4), tl.load(parts + part * 4 + 1)
-        column, count = tl.load(parts + part * 4 + 2), tl.load(parts + part * 4 + 3)
-        if (begins < end) & (ends > first):
-            own = (out >= begins) & (out < ends)
-            for start in tl.range(0, count, RANKS, num_stages=1):
-                here = start + rank < count
-                a = tl.load(right + (right_at + start), mask=own[:, None] & here[None, :], other=0.0)
-                b = tl.load(u + (u_at + (column + start)), mask=(place >= 0)[None, :] & here[:, None], other=0.0)
-                if INTERPRETED:
-                    a, b = a.to(tl.float32), b.to(tl.float32)
-                y = tl.dot(a, b, y)
+    u, places, width, right, depth, parts = term
+    place = tl.load(places + row, mask=there_m, other=-1)
+    if tl.max(place) >= 0:
+        rank = tl.arange(0, RANKS)
+        u_at, right_at = place[None, :] * width + rank[:, None], out[:, None] * depth + rank[None, :]
+        for part in range(NUM_PARTS):
+            begins, ends = tl.load(parts + part * 4), tl.load(parts + part * 4 + 1)
+            column, count = tl.load(parts + part * 4 + 2), tl.load(parts + part * 4 + 3)
+            if (begins <= tl.max(out)) & (ends > tl.min(out)):
+                own = (out >= begins) & (out < ends)
+                for start in tl.range(0, count, RANKS, num_stages=1):
+                    here = start + rank < count
+                    a = tl.load(right + (right_at + start), mask=own[:, None] & here[None, :], other=0.0)
+                    b = tl.load(u + (u_at + (column + start)), mask=(place >= 0)[None, :] & here[:, None], other=0.0)
+                    if INTERPRETED:
+                        a, b = a.to(tl.float32), b.to(tl.float32)
+                    y = tl.dot(a, b, y)
     return y
 
 
@@ -188,7 +196,7 @@ def _tile(program, num_rows, num_outputs, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def multiply(  # noqa: C901, PLR0912, PLR0913
+def multiply(  # noqa: PLR0913
     x,
     x_scale,
     w,
@@ -196,12 +204,7 @@ def multiply(  # noqa: C901, PLR0912, PLR0913
     bias,
     added,
     added_place,
-    u,
-    place,
-    width,
-    right,
-    depth,
-    parts,
+    terms,
     y,
     num_rows,
     num_outputs,
@@ -222,9 +225,9 @@ def multiply(  # noqa: C901, PLR0912, PLR0913
     """Y [M, N] of x int8 [M, K] and w int8 [N, K] or, if ``FOUR``, uint8 [N, K / 2]; or int32 sums y [S, M, N].
 
     With ``SPLITS`` above one a program sums over one slice of K and stores it; ``combine`` does the rest. ``added``:
-    [n, N], row ``added_place`` (int32 [M], -1 for none) of it is added. ``u`` to ``parts`` are tuples of ``NUM_TERMS``,
-    one a modality, see ``_corrected``; a tile without a row of a modality does not touch its factors. ``DIRECT``:
-    tensor cores read weights from shared memory; ``DESCRIBED``: x and w are descriptors of their tensors.
+    [n, N], row ``added_place`` (int32 [M], -1 for none) of it is added. ``terms``: ``NUM_TERMS`` tuples (u, place,
+    width, right, depth, parts), one a modality, see ``_corrected``. ``DIRECT``: tensor cores read weights from shared
+    memory; ``DESCRIBED``: x and w are descriptors of their tensors.
     """
     first_row, first_out = _tile(tl.program_id(0), num_rows, num_outputs, BLOCK_M, BLOCK_N, GROUP)
     # Tails read the last row or output again, which needs no mask in the loop; they are not stored.
@@ -248,15 +251,9 @@ def multiply(  # noqa: C901, PLR0912, PLR0913
     else:
         values = _scaled(sums, x_scale, w_scale, row, out, there_m, there_n, FOUR)
         if added is not None:
-            source = tl.load(added_place + row, mask=there_m, other=-1)
-            if tl.max(source) >= 0:
-                at = added + source[None, :].to(tl.int64) * num_outputs + out[:, None]
-                values += tl.load(at, mask=(source >= 0)[None, :] & there_n[:, None], other=0.0).to(tl.float32)
+            values = _plus_rows(values, added, added_place, row, out, there_m, there_n, num_outputs)
         for term in tl.static_range(NUM_TERMS):
-            source = tl.load(place[term] + row, mask=there_m, other=-1)
-            if tl.max(source) >= 0:
-                given = (u[term], source, width[term], right[term], depth[term], parts[term])
-                values = _corrected(values, *given, out, NUM_PARTS, RANKS, INTERPRETED)
+            values = _corrected(values, terms[term], row, out, there_m, NUM_PARTS, RANKS, INTERPRETED)
         if bias is not None:
             values += tl.load(bias + out, mask=there_n, other=0.0)[:, None]
         to = y + row[None, :].to(tl.int64) * num_outputs + out[:, None]

@@ -202,15 +202,13 @@ def multiply_codes(  # noqa: PLR0913
     plain = added is None and not u
     splits = num_splits(tile, len(x), len(w), x.shape[1], processors) if plain else 1
     sums = y if splits == 1 else x.new_empty(splits, len(x), len(w), dtype=torch.int32)
-    terms: tuple[Any, ...] = (None,) * 6
-    if u:
-        widths, depths = tuple(one.shape[1] for one in u), tuple(one.shape[1] for one in right)
-        terms = (tuple(u), tuple(place), widths, tuple(right), depths, tuple(parts))
+    widths, depths = [one.shape[1] for one in u], [one.shape[1] for one in right]
+    terms = tuple(zip(u, place, widths, right, depths, parts, strict=True)) or None
     programs = triton.cdiv(len(x), tile.rows) * triton.cdiv(len(w), tile.outputs)
     codes, weight = (_described(x, tile.rows, tile), _described(w, tile.outputs, tile)) if tile.described else (x, w)
     _launch(
         *(device_gemm.multiply, (programs, splits), x.device, codes, x_scale, weight, w_scale),
-        *(bias, added, added_place, *terms),
+        *(bias, added, added_place, terms),
         *(sums, len(x), len(w), x.shape[1]),
         FOUR=four,
         NUM_TERMS=len(u),
