@@ -1,9 +1,9 @@
 """Tile sizes of the products by GPU, as data: chosen by rows, outputs and inputs.
 
-They follow from what a compute capability has: 9.0 multiplies tiles from shared memory by groups of warps (128 x 256 of
-8-bit codes; of 4-bit ones 128 x 128 in at most 128 registers, so that two programs share a multiprocessor and one
-unpacks while the other multiplies), 8.9 has the smallest shared memory, 8.0 lies between. A test compiles every line
-and holds it to the limits of its GPU; none was tuned by running it.
+They follow from what a compute capability has. 9.0 multiplies tiles from shared memory by groups of warps: of 4-bit
+codes, and of 8-bit ones up to 512 rows, 128 x 128 in at most 128 registers, so that two programs share a multiprocessor
+and one unpacks, or ends, while the other multiplies; of more rows of 8-bit codes 256 x 128. 8.9 has the smallest shared
+memory, 8.0 lies between. A test compiles every line and holds it to the limits of its GPU; none was tuned by running it.
 
 Shapes: M rows, N outputs, K inputs padded to blocks of 128.
 """
@@ -91,7 +91,7 @@ _TILES: dict[tuple[int, bool], tuple[Tile, ...]] = {
         Tile(16, 16, 64, 128, 4, 6),
         Tile(32, 32, 64, 128, 4, 5),
         Tile(64, 64, 64, 128, 4, 4),
-        Tile(512, 128, 128, 128, 8, 3, described=True),
+        Tile(512, 128, 128, 128, 8, 3, max_registers=128, described=True),
         Tile(None, 128, 256, 128, 8, 3, described=True),
     ),
     (90, True): (
