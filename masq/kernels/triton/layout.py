@@ -56,10 +56,9 @@ def _pack_blocks(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _unpack_blocks(packed: torch.Tensor) -> torch.Tensor:
-    """The inverse of ``_pack_blocks``."""
+    """The inverse of ``_pack_blocks`` but for signs: four bits of each code, uint8 [O, P]."""
     lines = packed.view(len(packed), -1, BLOCK // 2)
-    halves = torch.stack((lines & 0xF, lines >> 4), dim=2).flatten(1)
-    return (halves ^ 8).view(torch.int8) - 8
+    return torch.stack((lines & 0xF, lines >> 4), dim=2).flatten(1)
 
 
 def prepare_factors(rights: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> PreparedFactors | None:
