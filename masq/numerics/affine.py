@@ -202,7 +202,8 @@ def _scale_and_zero_point(
     # Two plain reductions are several times faster on CPU than aminmax or a maximum norm, and need no copy.
     highest, lowest = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
     span = torch.maximum(highest, -lowest) if fmt.symmetric else highest.clamp(min=0) - lowest.clamp(max=0)
-    scale = (span / fmt.qmax).float()
+    # By a tensor where the span is: dividing by a number, CUDA multiplies by its rounded reciprocal.
+    scale = (span / torch.full((), fmt.qmax, dtype=span.dtype, device=span.device)).float()
     # The comparison is false for NaN, which therefore survives.
     scale = torch.where(scale < _SMALLEST_SCALE, torch.ones_like(scale), scale)
     if fmt.symmetric:
