@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,33 @@ def test_perplexity_is_that_of_a_plain_loop(make_model: Make, samples: list[Samp
     values = [value for one in prose for value in naive_nll(adapter, one)]
     expected = math.exp(sum(values) / len(values))
     assert found["results"]["masq_prose"]["perplexity,none"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("blanks", [" ", "\n\n", "  \n "])
+def test_a_passage_may_begin_with_blanks(make_model: Make, samples: list[Sample], tmp_path: Path, blanks: str) -> None:
+    """The harness goes on from what is not blank: the tokens up to there are given, the others scored."""
+    adapter = make_model()
+    install(adapter)
+    (first, *_) = [one for one in samples if one.task == "prose"]
+    passage = replace(first, answer=blanks + first.answer)
+    encoded = adapter.tokenizer(passage.answer, add_special_tokens=False, return_offsets_mapping=True)
+    ends = [end for _, end in encoded["offset_mapping"]]
+    given = 1 + next(index for index, end in enumerate(ends) if passage.answer[:end].strip())
+    found = ask(MasqLm(adapter, folder=tmp_path, batch_size=2), task("prose", [passage], adapter))
+    values = naive_nll(adapter, passage)
+    assert len(values) == len(ends) - 1
+    scored = values[given - 1 :]
+    expected = math.exp(sum(scored) / len(scored))
+    assert found["results"]["masq_prose"]["perplexity,none"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_embedded_passage_can_be_scored() -> None:
+    """Some begin with a blank of its own token, which crashed the harness."""
+    for split in ("evaluation", "final"):
+        for name in ("manual", "tale"):
+            documents = LocalTextTask({"task": f"masq_{name}"}, split=split).dataset[split]
+            assert len(documents) == 400
+            assert all(one["start"].strip() and one["rest"] and one["num_tokens"] > 0 for one in documents)
 
 
 @torch.no_grad()

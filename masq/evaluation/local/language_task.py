@@ -24,7 +24,7 @@ class LocalTextTask(ConfigurableTask):
     """One of ``masq.evaluation.tasks.TASKS`` that is scored by likelihood.
 
     Named in a YAML file it reads the evaluation split of the embedded models and their tokenizer; made in Python it
-    takes any samples. A passage is scored per token, all but the first, which nothing precedes.
+    takes any samples. A passage is scored per token, all but the first that is not blank, which nothing precedes.
     """
 
     def __init__(
@@ -103,10 +103,16 @@ def _documents(mode: str, samples: Sequence[Sample], tokenizer: Any) -> list[dic
 
 
 def _split(passage: str, tokenizer: Any) -> dict[str, Any]:
-    """The text of the first token, the rest, and the number of tokens of the rest."""
+    """The text of the first token, the rest, and the number of tokens of the rest.
+
+    Blank tokens at the beginning are given along with the first that is not: the harness takes blanks away from what
+    precedes, and cannot go on from nothing.
+    """
     encoded = tokenizer(passage, add_special_tokens=False, return_offsets_mapping=True)
-    end = encoded["offset_mapping"][0][1]
-    return {"start": passage[:end], "rest": passage[end:], "num_tokens": len(encoded["input_ids"]) - 1}
+    ends = [end for _, end in encoded["offset_mapping"]]
+    given = next(index for index, end in enumerate(ends) if passage[:end].strip())
+    end = ends[given]
+    return {"start": passage[:end], "rest": passage[end:], "num_tokens": len(ends) - given - 1}
 
 
 def _process_passage(metrics: Sequence[str], doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
