@@ -27,6 +27,7 @@ from masq.experiment.records import RecordIndex, cell_key, is_not_run, missing, 
 from masq.experiment.running import distinct, run_experiment
 from masq.plan import plan
 from masq.report.record import RunRecord
+from masq.report.table import is_float
 from masq.sweep import show_progress
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -67,8 +68,7 @@ def cell(name: str, scheme: str, method: str) -> RunRecord:
         KeyError: it was not run.
     """
     for record in stored(name):
-        is_float = record.config["method"]["rounding"]["kind"] == "none"
-        if (record.method, "float" if is_float else record.scheme) == (method, scheme):
+        if (record.method, "float" if is_float(record) else record.scheme) == (method, scheme):
             return record
     raise KeyError(f"{name}: {method} at {scheme}")
 

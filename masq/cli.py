@@ -15,7 +15,7 @@ from masq import __version__
 from masq.config import RunConfig, load
 from masq.errors import ConfigError, MasqError, suggestion
 from masq.experiment import commands
-from masq.files import atomic_write_bytes, find_files, require_writable_folder
+from masq.files import find_files, require_writable_folder
 from masq.identity import run_folder
 from masq.sweep import Outcome, read_outcome, show_progress
 
@@ -27,7 +27,7 @@ Overrides are KEY=VALUE. A group takes one of its files (conf/<group>/), any oth
 With -m, every combination of comma-separated values runs; a failing one does not stop the others:
   masq run -m method=rtn,smoothquant,masquant scheme=w8a8,w4a8,w4a6
 An experiment is a table with all its sweeps (conf/experiment/); scale=smol takes the embedded models:
-  masq run experiment=table1 scale=smol threads=1 hydra/launcher=joblib
+  masq run experiment=table1 scale=smol threads=1 hydra/launcher=local
 Without Hydra, from the config.yaml of an earlier run; overrides are then plain keys:
   masq run --config runs/.../config.yaml output.root=elsewhere
 Exit status: 0 all finished, 1 a run failed, 2 a wrong argument or configuration.
@@ -72,7 +72,7 @@ def _parse(arguments: list[str]) -> tuple[Callable[[argparse.Namespace], int], a
         ),
         "compare-paper": (
             commands.compare_paper_parser,
-            commands.compare_paper(_show),
+            commands.compare_paper,
             "the table of a paper beside ours",
         ),
         "report": (commands.report_parser, commands.report, "an experiment as a page, and its table for a paper"),
@@ -196,7 +196,7 @@ def _table(options: argparse.Namespace) -> int:
     from masq.report.table import table
 
     columns = options.columns.split(",") if options.columns else None
-    return _show(table([read_record(path) for path in paths], columns, format=options.format), options.output)
+    return commands.show(table([read_record(path) for path in paths], columns, format=options.format), options.output)
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -204,7 +204,7 @@ def _compare(options: argparse.Namespace) -> int:
     from masq.report.compare import compare
     from masq.report.record import read_record
 
-    return _show(compare([read_record(path) for path in paths], options.format), options.output)
+    return commands.show(compare([read_record(path) for path in paths], options.format), options.output)
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -226,15 +226,6 @@ def _export(options: argparse.Namespace) -> int:
     save = {"masq": checkpoint.save, "compressed-tensors": compressed_tensors.save}[options.format]
     save(load_finished(run), folder, made_by)
     print(f"Checkpoint: {folder}")
-    return 0
-
-
-def _show(text: str, output: str | None) -> int:
-    """Print ``text``, or write it to the file ``output``."""
-    if output:
-        atomic_write_bytes(output, (text.rstrip("\n") + "\n").encode())
-    else:
-        print(text)
     return 0
 
 

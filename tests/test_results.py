@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -18,6 +19,7 @@ from masq.experiment.records import cell_key, missing, rows, stored_name
 from masq.experiment.running import distinct
 from masq.files import read_json
 from masq.models.zoo import smol_omni
+from masq.plan import plan
 from masq.report.record import RunRecord, read_record
 from masq.run import run
 
@@ -30,7 +32,7 @@ def test_records_are_those_of_cells_finished_and_clean() -> None:
     """Every file belongs to a cell of a table, by today's defaults for options that have come since."""
     wanted = {cell_key(to_dict(config)) for name in tables.names() for config in distinct(tables.table(name))}
     found = {path: read_record(path) for path in (RESULTS / "records").glob("*.json")}
-    assert len(found) > 50
+    assert missing(tables.table("smol_omni"), tables.index()) == 0
     for path, record in found.items():
         assert record.status == "finished"
         assert record.provenance["dirty"] is False
@@ -113,6 +115,18 @@ def test_the_readme_repeats_the_measured_speed() -> None:
     assert all(part.strip() in readme for part in tables_of_record)
 
 
+def test_the_plan_is_an_order_of_magnitude() -> None:
+    """Planned seconds against those of every committed record that quantized: the median and nine in ten."""
+    ratios = []
+    for path in (RESULTS / "records").glob("*.json"):
+        record = read_record(path)
+        config = decode({**record.config, "output": {}})
+        if not config.method.is_float:
+            ratios.append(sum(record.timings.values()) / sum(plan(config).seconds.values()))
+    assert 0.5 <= median(ratios) <= 2
+    assert sum(0.1 <= ratio <= 10 for ratio in ratios) >= 0.9 * len(ratios)
+
+
 def test_scores_through_the_harness_cost_little_more() -> None:
     measured = read_json(RESULTS / "bench" / "harness.json")
     assert measured["provenance"]["dirty"] is False
@@ -149,13 +163,12 @@ def test_the_card_shows_the_whole_split() -> None:
 
 
 def test_the_float_model_does_its_tasks_and_none_is_too_easy() -> None:
-    scores = read_record(RESULTS / "card" / "smol_omni-tri-float-none.json").scores
+    scores = floats().scores
     exact = {task: metrics["exact_match"]["value"] for task, metrics in scores.items() if "exact_match" in metrics}
-    # The aims for reading, 0.9 on unseen font families, and for `same`, 0.85, are not reached (see the card).
-    assert exact["read"] >= 0.84
-    assert exact["same"] >= 0.82
+    # The aim for reading is 0.9 on unseen font families; it is not reached yet (see the card).
+    assert exact["read"] >= 0.85
     assert scores["speech"]["wer"]["value"] <= 0.1
-    assert all(exact[task] >= 0.85 for task in ("larger", "ask"))
+    assert all(exact[task] >= 0.85 for task in ("same", "larger", "ask"))
     assert sum(value == 1 for value in exact.values()) <= 1
 
 

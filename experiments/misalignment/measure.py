@@ -21,20 +21,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from masq.calibration.data import batches as batches_of
-from masq.calibration.data import dataset_hash, load_samples
-from masq.calibration.replay import ReplayBatch, advance, capture, collect
+from experiments.walk import FloatWalk
+from masq.calibration.replay import ReplayBatch, collect
 from masq.calibration.statistics import GroupStatistics, TokenSample
-from masq.config import RunConfig, active_modalities
+from masq.config import RunConfig
 from masq.files import atomic_write_json
 from masq.models.base import GROUPS, BlockAdapter, Modality, Role
-from masq.models.fingerprint import fingerprint
-from masq.models.loading import load
 from masq.numerics.affine import fake_quantize
 from masq.numerics.scheme import Scheme
 from masq.numerics.sqnr import token_sqnr
-from masq.pipeline.progress import BlockClock
-from masq.report.provenance import provenance
 from masq.transforms.smoothing import modality_factors, shared_factor
 
 ALPHA = 0.5
@@ -98,28 +93,15 @@ def measure_block(
 
 def measure(config: RunConfig, source: Path) -> dict[str, Any]:
     """All blocks of the model of ``config`` on its calibration samples."""
-    samples = load_samples(
-        source, config.calibration.tasks, config.calibration.samples_per_task, config.calibration.seed,
-        active_modalities(config),
-    )  # fmt: skip
-    adapter = load(config.model)
-    batches = [adapter.encode(b, with_answer=True) for b in batches_of(samples, config.calibration.batch_size)]
-    hidden, replay = capture(adapter, batches)
-    sample = TokenSample.draw((b.modality for b in replay), TOKENS, config.seed)
-    blocks = adapter.blocks()
-    clock, found = BlockClock("measure", len(blocks)), []
-    for index, block in enumerate(blocks):
-        found.append(measure_block(block, hidden, replay, sample))
-        hidden = [advance(block, h, batch, f"block {index}") for h, batch in zip(hidden, replay, strict=True)]
-        clock.tick("")
-    hashes = {"calibration": dataset_hash(samples), "model": fingerprint(config.model, None)}
+    walk = FloatWalk(config, source)
+    sample = TokenSample.draw((batch.modality for batch in walk.replay), TOKENS, config.seed)
     return {
         "model": config.model.name,
         "alpha": ALPHA,
         "tokens_per_modality": TOKENS,
-        "samples": len(samples),
-        "blocks": found,
-        "provenance": provenance(config.seed, hashes, device=config.model.device),
+        "samples": len(walk.samples),
+        "blocks": [measure_block(block, hidden, walk.replay, sample) for block, hidden in walk.blocks()],
+        "provenance": walk.provenance(),
     }
 
 

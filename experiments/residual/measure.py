@@ -20,21 +20,16 @@ from typing import Any
 
 import torch
 
-from masq.calibration.data import batches as batches_of
-from masq.calibration.data import dataset_hash, load_samples
-from masq.calibration.replay import ReplayBatch, advance, capture, collect
+from experiments.walk import FloatWalk
+from masq.calibration.replay import ReplayBatch, collect
 from masq.calibration.statistics import GroupStatistics
 from masq.compensation.low_rank import scaled_covariance
-from masq.config import RunConfig, active_modalities
+from masq.config import RunConfig
 from masq.files import atomic_write_json
 from masq.models.base import GROUPS, BlockAdapter, Modality, Role
-from masq.models.fingerprint import fingerprint
-from masq.models.loading import load
 from masq.numerics.affine import fake_quantize
 from masq.numerics.linalg import whitener
 from masq.numerics.scheme import Scheme, TensorFormat
-from masq.pipeline.progress import BlockClock
-from masq.report.provenance import provenance
 from masq.transforms.smoothing import modality_factors
 
 ALPHA, DAMPING = 0.5, 1e-4
@@ -114,26 +109,14 @@ def measure_block(
 
 def measure(config: RunConfig, source: Path) -> dict[str, Any]:
     """All blocks of the model of ``config`` on its calibration samples."""
-    wanted = config.calibration
-    active = active_modalities(config)
-    samples = load_samples(source, wanted.tasks, wanted.samples_per_task, wanted.seed, active)
-    adapter = load(config.model)
-    batches = [adapter.encode(batch, with_answer=True) for batch in batches_of(samples, wanted.batch_size)]
-    hidden, replay = capture(adapter, batches)
-    blocks = adapter.blocks()
-    clock, found = BlockClock("measure", len(blocks)), []
-    for index, block in enumerate(blocks):
-        found.append(measure_block(block, hidden, replay, config.scheme))
-        hidden = [advance(block, h, batch, f"block {index}") for h, batch in zip(hidden, replay, strict=True)]
-        clock.tick("")
-    hashes = {"calibration": dataset_hash(samples), "model": fingerprint(config.model, None)}
+    walk = FloatWalk(config, source)
     return {
         "model": config.model.name,
         "scheme": config.scheme.name,
         "ratios": list(RATIOS),
-        "samples": len(samples),
-        "blocks": found,
-        "provenance": provenance(config.seed, hashes, device=config.model.device),
+        "samples": len(walk.samples),
+        "blocks": [measure_block(block, hidden, walk.replay, config.scheme) for block, hidden in walk.blocks()],
+        "provenance": walk.provenance(),
     }
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from masq.errors import ConfigError
 from masq.experiment.definition import Experiment, cells, changed, experiment, split
-from masq.files import require_writable_folder
+from masq.files import atomic_write_bytes, require_writable_folder
 from masq.sweep import Outcome, show_progress
 
 
@@ -86,17 +86,22 @@ def compare_paper_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="write here instead of to the terminal")
 
 
-def compare_paper(show: Callable[[str, str | None], int]) -> Callable[[argparse.Namespace], int]:
-    """The command that shows a paper's table beside ours by way of ``show``."""
+def compare_paper(options: argparse.Namespace) -> int:
+    """Show a paper's table beside ours."""
+    from masq.experiment.compare_paper import compare_paper as beside
+    from masq.experiment.records import RecordIndex
 
-    def command(options: argparse.Namespace) -> int:
-        from masq.experiment.compare_paper import compare_paper as beside
-        from masq.experiment.records import RecordIndex
+    index = RecordIndex.of_folders(*(Path(folder) for folder in options.records))
+    return show(beside(experiment(options.experiment, options.scale), index, options.format), options.output)
 
-        index = RecordIndex.of_folders(*(Path(folder) for folder in options.records))
-        return show(beside(experiment(options.experiment, options.scale), index, options.format), options.output)
 
-    return command
+def show(text: str, output: str | None) -> int:
+    """Print ``text``, or write it to the file ``output``."""
+    if output:
+        atomic_write_bytes(output, (text.rstrip("\n") + "\n").encode())
+    else:
+        print(text)
+    return 0
 
 
 def report_parser(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from masq.experiment.definition import Experiment
 from masq.experiment.records import RecordIndex, rows
 from masq.experiment.reported import FLOAT_BITS, FLOAT_METHOD, Benchmark, Reported, names, reported
 from masq.report.record import RunRecord
-from masq.report.table import ABSENT, text_table
+from masq.report.table import ABSENT, is_float, text_table
 
 Verdict = Literal["agrees", "differs", "not distinguishable", "float within two s.e. there", "not run"]
 _NORMAL = 1.959963984540054
@@ -189,10 +189,7 @@ def _float(cell: Reported, records: Iterable[RunRecord]) -> RunRecord | None:
 def _named(records: Iterable[RunRecord], bits: str, method: str) -> RunRecord | None:
     """The record of a row, by the first of our names for it that there is."""
     schemes, methods = names().bits.get(bits, []), names().methods.get(method, [])
-    found = {
-        ("float" if record.config["method"]["rounding"]["kind"] == "none" else record.scheme, record.method): record
-        for record in records
-    }
+    found = {("float" if is_float(record) else record.scheme, record.method): record for record in records}
     return next((found[key] for key in ((s, m) for m in methods for s in schemes) if key in found), None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from masq.identity import folder_name
 from masq.report.record import RunRecord, read_record
 from masq.report.table import available_columns, table
 
+_LOG = logging.getLogger(__name__)
 NOT_RUN = "not run"
 # Does not change a result.
 _FREE = ("output", "threads", "preset")
@@ -120,5 +122,6 @@ def _not_run(config: RunConfig) -> RunRecord:
 def _read(path: Path) -> tuple[Path, RunRecord] | None:
     try:
         return path, read_record(path)
-    except DataError:
+    except DataError as error:
+        _LOG.warning("left out: %s", error)
         return None

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from masq.errors import NumericalError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -222,3 +224,28 @@ class Kernel(ABC):
             dtype: float32, bfloat16 or float16.
             low_rank: corrections whose factors this kernel has prepared, in float32 like an addend.
         """
+
+
+def places(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """int32 [N]: where in ``rows`` (int64 [n]) a row is, -1 where it is not; no value is read back from a GPU."""
+    found = torch.full((num_rows,), -1, dtype=torch.int32, device=rows.device)
+    found[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+    return found
+
+
+def check_rows(x: torch.Tensor, smoothing: RowSmoothing | None) -> None:
+    """Refuse what a kernel that reads memory by itself would misread.
+
+    Raises:
+        NumericalError: rows or factors of another dtype, shape or layout.
+    """
+    inverse = None if smoothing is None else smoothing.inverse
+    wrong = x.dim() != 2 or not x.is_contiguous() or x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+    if inverse is not None:
+        wrong |= inverse.dtype != torch.float32 or inverse.shape[1:] != x.shape[1:] or not inverse.is_contiguous()
+    if wrong:
+        raise NumericalError(
+            "rows must be a contiguous matrix in float32, bfloat16 or float16, with smoothing vectors of their length",
+            value=f"{x.dtype} {tuple(x.shape)}, smoothing {None if inverse is None else tuple(inverse.shape)}",
+            remedy="call contiguous(), and pass float32 factors",
+        )

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from masq.errors import NumericalError
 from masq.kernels import factors as low_rank_factors
 from masq.kernels import w4a16
 from masq.kernels.base import (
@@ -26,6 +25,8 @@ from masq.kernels.base import (
     QuantizedActivation,
     RowAddend,
     RowSmoothing,
+    check_rows,
+    places,
 )
 from masq.kernels.build import BuildError, library
 from masq.numerics.integer_gemm import MAX_INNER
@@ -124,7 +125,7 @@ class CpuKernel(Kernel):
         self, x: torch.Tensor, activation: TensorFormat | None, smoothing: RowSmoothing | None
     ) -> QuantizedActivation:
         """See ``Kernel.quantize``."""
-        _check_rows(x, smoothing)
+        check_rows(x, smoothing)
         if activation is None:
             rows = x if smoothing is None else self._smooth(x, None, smoothing)
             return QuantizedActivation(rows, None, len(x))
@@ -232,25 +233,11 @@ class _Addend:
         if addend is None:
             return
         self._values = [part.contiguous() for part in addend.values]
-        self._places = torch.full((num_rows,), -1, dtype=torch.int32)
-        self._places[addend.rows] = torch.arange(len(addend.rows), dtype=torch.int32)
+        self._places = places(addend.rows, num_rows)
         count = len(self._values)
         pointers = (_POINTER * count)(*(part.data_ptr() for part in self._values))
         starts = (_LONG * (count + 1))(*itertools.accumulate((part.shape[1] for part in self._values), initial=0))
         self.arguments = (self._places.data_ptr(), pointers, starts, count, _DTYPES[self._values[0].dtype])
-
-
-def _check_rows(x: torch.Tensor, smoothing: RowSmoothing | None) -> None:
-    inverse = None if smoothing is None else smoothing.inverse
-    wrong = x.dim() != 2 or not x.is_contiguous() or x.dtype not in _DTYPES
-    if inverse is not None and (inverse.dtype != torch.float32 or inverse.shape[1:] != x.shape[1:]):
-        wrong = True
-    if wrong or (inverse is not None and not inverse.is_contiguous()):
-        raise NumericalError(
-            "rows must be a contiguous matrix in float32, bfloat16 or float16, with smoothing vectors of their length",
-            value=f"{x.dtype} {tuple(x.shape)}, smoothing {None if inverse is None else tuple(inverse.shape)}",
-            remedy="call contiguous(), and pass float32 factors",
-        )
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

@@ -42,7 +42,7 @@ def bars(records: Sequence[RunRecord], key: str) -> str | None:
     columns = [column for column in available_columns(records) if column.key.startswith(f"{key}.")]
     rows = [
         (name, [column.read(record)[0] for column in columns])
-        for name, record in zip(names_of(records), records, strict=True)
+        for name, record in zip(row_names(records), records, strict=True)
         if not is_float(record)
     ]
     rows = [(name, values) for name, values in rows if any(value is not None for value in values)]
@@ -64,7 +64,7 @@ def bars(records: Sequence[RunRecord], key: str) -> str | None:
 def by_block(records: Sequence[RunRecord], modality: str) -> str | None:
     """SQNR of every block's output on one modality's tokens, a line for each of the first records that have it."""
     lines = []
-    for name, record in zip(names_of(records), records, strict=True):
+    for name, record in zip(row_names(records), records, strict=True):
         values = [(block["index"], block.get("sqnr", {}).get(modality)) for block in record.blocks]
         if values and all(value is not None for _, value in values):
             lines.append((name, values))
@@ -79,10 +79,9 @@ def by_block(records: Sequence[RunRecord], modality: str) -> str | None:
         return _svg(figure)
 
 
-def names_of(records: Sequence[RunRecord]) -> list[str]:
+def row_names(records: Sequence[RunRecord]) -> list[str]:
     """What tells each record from the others, in words."""
-    labels = labels_of(records)
-    return [" ".join(values[position] for _, values in labels) for position in range(len(records))]
+    return [" ".join(texts) for texts in zip(*(values for _, values in labels_of(records)), strict=True)]
 
 
 def _spread(lines: Sequence[Any], count: int) -> list[Any]:

@@ -10,6 +10,7 @@ from masq.errors import ConfigError, DataError
 from masq.evaluation.statistics import SIGNIFICANCE, adjust
 from masq.report.compare import Row
 from masq.report.compare import rows as compared
+from masq.report.figures import row_names
 from masq.report.table import (
     ABSENT,
     Column,
@@ -132,14 +133,14 @@ def _adjusted(found: dict[tuple[int, str], Row]) -> dict[tuple[int, str], Row]:
 def provenance_rows(records: Sequence[RunRecord]) -> list[list[str]]:
     """One row for every finished record: what made it, when and on what; headings first."""
     rows = [["cell", "identity", "commit", "device", "threads", "finished", "torch", "transformers"]]
-    for record, *labels in zip(records, *(values for _, values in labels_of(records)), strict=True):
+    for record, name in zip(records, row_names(records), strict=True):
         made = record.provenance
         if record.status != "finished":
             continue
         commit = f"{str(made.get('commit'))[:10]}{' (changed)' if made.get('dirty') else ''}"
         libraries = made.get("libraries", {})
         rows.append(
-            [" ".join(labels), record.identity[:10], commit, str(made.get("device_name", ABSENT))]
+            [name, record.identity[:10], commit, str(made.get("device_name", ABSENT))]
             + [str(made.get("threads", ABSENT)), str(made.get("finished", ABSENT))]
             + [str(libraries.get(name, ABSENT)) for name in ("torch", "transformers")]
         )
@@ -184,10 +185,9 @@ def _significance(differences: Mapping[tuple[int, str], Row]) -> str:
 
 
 def _missing(records: Sequence[RunRecord], reasons: Mapping[int, str]) -> list[str]:
-    labels = [values for _, values in labels_of(records)]
     return [
-        f"{' '.join(values[position] for values in labels)}: {reasons.get(position, 'not run')}"
-        for position, record in enumerate(records)
+        f"{name}: {reasons.get(position, 'not run')}"
+        for position, (name, record) in enumerate(zip(row_names(records), records, strict=True))
         if record.status != "finished"
     ]
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from masq.errors import ConfigError
 from masq.files import canonical_hash
+from masq.report.figures import row_names
 from masq.report.table import available_columns, labels_of
 
 if TYPE_CHECKING:
@@ -194,8 +195,7 @@ def flat_numbers(record: RunRecord) -> dict[str, float]:
 
 def _bars(records: Sequence[RunRecord]) -> dict[str, list[list[Any]]]:
     """What a first look wants: KL by modality, each cell a bar."""
-    labels = labels_of(records)
-    names = [" ".join(values[position] for _, values in labels) for position in range(len(records))]
+    names = row_names(records)
     found: dict[str, list[list[Any]]] = {}
     for column in available_columns(records):
         if column.key.startswith("kl."):

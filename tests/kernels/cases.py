@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from masq.kernels.base import Kernel, RowAddend, RowSmoothing
@@ -71,6 +73,31 @@ def run(
 
 def oracle(*args, **kwargs) -> torch.Tensor:
     return run(ReferenceKernel(), *args, **kwargs)
+
+
+def check_equals_reference(run_kernel: Callable[..., torch.Tensor], shape: tuple[int, int, int], bits: tuple[int, int]):
+    """A product of integer codes, plain and with all that can be added, is the oracle's to the last bit.
+
+    Args:
+        run_kernel: ``run`` with the kernel given.
+        shape: one of ``SHAPES``.
+        bits: of weight and input.
+    """
+    count, inner, out = shape
+    packed, activation = weight(out, inner, TensorFormat(bits[0])), per_token(bits[1])
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[(count + inner) % 3]
+    x = rows(count, inner, dtype)
+    more = {
+        "smooth": smoothing(count, inner, 3),
+        "bias": torch.randn(out, generator=torch.Generator().manual_seed(4)),
+        "add": addend(count, out, 0.6, torch.bfloat16),
+    }
+    for given in ({}, more):
+        for output in (torch.float32, dtype):
+            found = run_kernel(x, packed, activation, dtype=output, **given)
+            assert found.dtype == output
+            assert found.shape == (count, out)
+            assert torch.equal(found, oracle(x, packed, activation, dtype=output, **given))
 
 
 def exact(x: torch.Tensor, packed: PackedWeight, activation: TensorFormat) -> torch.Tensor:

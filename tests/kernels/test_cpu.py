@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -40,21 +41,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
 @pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4)], ids=str)
 def test_equals_the_reference_to_the_last_bit(kernel, threads, shape, bits):
-    count, inner, out = shape
-    packed, activation = cases.weight(out, inner, TensorFormat(bits[0])), cases.per_token(bits[1])
-    dtype = DTYPES[(count + inner) % 3]
-    x = cases.rows(count, inner, dtype)
-    more = {
-        "smooth": cases.smoothing(count, inner, 3),
-        "bias": torch.randn(out, generator=torch.Generator().manual_seed(4)),
-        "add": cases.addend(count, out, 0.6, torch.bfloat16),
-    }
-    for given in ({}, more):
-        for output in (torch.float32, dtype):
-            found = cases.run(kernel, x, packed, activation, dtype=output, **given)
-            assert found.dtype == output
-            assert torch.equal(found, cases.oracle(x, packed, activation, dtype=output, **given))
-    assert found.shape == (count, out)
+    cases.check_equals_reference(partial(cases.run, kernel), shape, bits)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

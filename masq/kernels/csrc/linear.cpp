@@ -481,44 +481,36 @@ void spread_rows(const LowRank& low, int64_t m, LowRankRows& to) {
   }
 }
 
-// The same without AMX.
-BF16_TARGET void panel_low_rank_bf16(const Product& p, int64_t panel, int64_t first, int64_t rows, float* sums, uint8_t* any) {
-  for (int64_t t = 0; t < (rows + kTileRows - 1) / kTileRows; ++t) {
-    const int64_t tile = first / kTileRows + t;
-    any[t] = 0;
-    for (int l = 0; l < p.lows; ++l) {
-      const LowRank& low = p.low[l];
-      if (!p.low_rows[l].present[tile]) continue;
-      const int64_t part = low.part_of[panel], begin = low.firsts[part], count = low.firsts[part + 1] - begin;
-      const uint8_t* u = p.low_rows[l].tiles + (tile * low.firsts[low.parts] + begin) * kTileBytes;
-      const uint8_t* w = (const uint8_t*)low.tiles + low.starts[panel] * 2 * kTileBytes;
-      float* to = sums + t * kTileRows * kPanel;
-      for (int64_t half = 0; half < 2; ++half)
-        eight_rows_bf16(u + half * 8 * kBlock, w, count, !any[t], to + half * 8 * kPanel);
-      any[t] = 1;
-    }
-  }
+// What one modality adds to a row tile of a panel: tiles of its rows and of its factors, and how many of each.
+struct Term {
+  const uint8_t *u, *w;
+  int64_t count;
+};
+
+inline Term term_of(const Product& p, int l, int64_t panel, int64_t tile) {
+  const LowRank& low = p.low[l];
+  const int64_t part = low.part_of[panel], begin = low.firsts[part];
+  return {p.low_rows[l].tiles + (tile * low.firsts[low.parts] + begin) * kTileBytes,
+          (const uint8_t*)low.tiles + low.starts[panel] * 2 * kTileBytes, low.firsts[part + 1] - begin};
 }
 
+// Sums of the terms of all modalities; any[t] says whether row tile t has one.
 AMX_TARGET void panel_low_rank(const Product& p, int64_t panel, int64_t first, int64_t rows, float* sums, uint8_t* any) {
   for (int64_t t = 0; t < (rows + kTileRows - 1) / kTileRows; ++t) {
     const int64_t tile = first / kTileRows + t;
     any[t] = 0;
     for (int l = 0; l < p.lows; ++l) {
-      const LowRank& low = p.low[l];
       if (!p.low_rows[l].present[tile]) continue;
       if (!any[t]) {
         _tile_zero(0);
         _tile_zero(1);
       }
       any[t] = 1;
-      const int64_t part = low.part_of[panel], begin = low.firsts[part], count = low.firsts[part + 1] - begin;
-      const uint8_t* u = p.low_rows[l].tiles + (tile * low.firsts[low.parts] + begin) * kTileBytes;
-      const uint8_t* w = (const uint8_t*)low.tiles + low.starts[panel] * 2 * kTileBytes;
-      for (int64_t s = 0; s < count; ++s) {
-        _tile_loadd(4, u + s * kTileBytes, kBlock);
-        _tile_loadd(6, w + 2 * s * kTileBytes, kBlock);
-        _tile_loadd(7, w + (2 * s + 1) * kTileBytes, kBlock);
+      const Term term = term_of(p, l, panel, tile);
+      for (int64_t s = 0; s < term.count; ++s) {
+        _tile_loadd(4, term.u + s * kTileBytes, kBlock);
+        _tile_loadd(6, term.w + 2 * s * kTileBytes, kBlock);
+        _tile_loadd(7, term.w + (2 * s + 1) * kTileBytes, kBlock);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
       }
@@ -526,6 +518,22 @@ AMX_TARGET void panel_low_rank(const Product& p, int64_t panel, int64_t first, i
     if (any[t]) {
       _tile_stored(0, sums + t * kTileRows * kPanel, kPanel * 4);
       _tile_stored(1, sums + t * kTileRows * kPanel + 16, kPanel * 4);
+    }
+  }
+}
+
+// The same without AMX.
+BF16_TARGET void panel_low_rank_bf16(const Product& p, int64_t panel, int64_t first, int64_t rows, float* sums, uint8_t* any) {
+  for (int64_t t = 0; t < (rows + kTileRows - 1) / kTileRows; ++t) {
+    const int64_t tile = first / kTileRows + t;
+    float* to = sums + t * kTileRows * kPanel;
+    any[t] = 0;
+    for (int l = 0; l < p.lows; ++l) {
+      if (!p.low_rows[l].present[tile]) continue;
+      const Term term = term_of(p, l, panel, tile);
+      for (int64_t half = 0; half < 2; ++half)
+        eight_rows_bf16(term.u + half * 8 * kBlock, term.w, term.count, !any[t], to + half * 8 * kPanel);
+      any[t] = 1;
     }
   }
 }

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from masq.errors import NumericalError
 from masq.kernels.base import (
     Kernel,
     LinearSpec,
@@ -17,6 +16,8 @@ from masq.kernels.base import (
     QuantizedActivation,
     RowAddend,
     RowSmoothing,
+    check_rows,
+    places,
 )
 from masq.kernels.triton import layout
 from masq.kernels.triton.tiles import OLDEST
@@ -75,7 +76,7 @@ class TritonKernel(Kernel):
         from masq.kernels.triton import ops
 
         assert activation is not None, "see not_supported_reasons"
-        _check_rows(x, smoothing)
+        check_rows(x, smoothing)
         inverse, rows = (None, None) if smoothing is None else (smoothing.inverse, smoothing.rows)
         codes, scale = ops.smooth_quantize(x, inverse, rows, activation.qmax)
         return QuantizedActivation(codes, scale, len(x))
@@ -107,12 +108,12 @@ class TritonKernel(Kernel):
         num_rows, added, added_place = activation.num_rows, None, None
         if addend is not None and len(addend.rows):
             added = addend.values[0] if len(addend.values) == 1 else torch.cat(addend.values, dim=1)
-            added_place = _places(addend.rows, num_rows)
+            added_place = places(addend.rows, num_rows)
         terms = [term for term in low_rank if len(term.rows)]
         return ops.multiply_codes(
             *(activation.data, activation.scale, prepared.tensors["codes"], prepared.tensors["scale"]),
             *(bias, added, added_place, [term.u for term in terms]),
-            [_places(term.rows, num_rows) for term in terms],
+            [places(term.rows, num_rows) for term in terms],
             [term.factors.tensors["right"] for term in terms],
             [term.factors.tensors["parts"] for term in terms],
             prepared.format.bits <= NIBBLE_BITS,
@@ -132,24 +133,3 @@ def _machine_reasons(device: str) -> list[str]:
     if 10 * major + minor < OLDEST:
         reasons.append(f"compute capability {major}.{minor}, {OLDEST // 10}.{OLDEST % 10} is needed")
     return reasons
-
-
-def _places(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """int32 [N]: where in ``rows`` a row is, -1 where it is not; no value is read back from the GPU."""
-    places = torch.full((num_rows,), -1, dtype=torch.int32, device=rows.device)
-    places[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-    return places
-
-
-def _check_rows(x: torch.Tensor, smoothing: RowSmoothing | None) -> None:
-    known: Any = (torch.float32, torch.bfloat16, torch.float16)
-    inverse = None if smoothing is None else smoothing.inverse
-    wrong = x.dim() != 2 or not x.is_contiguous() or x.dtype not in known
-    if inverse is not None:
-        wrong |= inverse.dtype != torch.float32 or inverse.shape[1:] != x.shape[1:] or not inverse.is_contiguous()
-    if wrong:
-        raise NumericalError(
-            "rows must be a contiguous matrix in float32, bfloat16 or float16, with smoothing vectors of their length",
-            value=f"{x.dtype} {tuple(x.shape)}, smoothing {None if inverse is None else tuple(inverse.shape)}",
-            remedy="call contiguous(), and pass float32 factors",
-        )

@@ -57,22 +57,17 @@ class Tile:
         return found if self.max_registers is None else found | {"maxnreg": self.max_registers}
 
 
+_SMALL = (
+    Tile(16, 16, 64, 128, 4, 5),
+    Tile(32, 32, 64, 128, 4, 4),
+    Tile(64, 64, 64, 128, 4, 4),
+    Tile(256, 64, 128, 128, 4, 3),
+    Tile(None, 128, 128, 128, 8, 3),
+)
 _TILES: dict[tuple[int, bool], tuple[Tile, ...]] = {
     # capability, weights of 4 bits: by rows
-    (80, False): (
-        Tile(16, 16, 64, 128, 4, 5),
-        Tile(32, 32, 64, 128, 4, 4),
-        Tile(64, 64, 64, 128, 4, 4),
-        Tile(256, 64, 128, 128, 4, 3),
-        Tile(None, 128, 128, 128, 8, 3),
-    ),
-    (80, True): (
-        Tile(16, 16, 64, 128, 4, 5),
-        Tile(32, 32, 64, 128, 4, 4),
-        Tile(64, 64, 64, 128, 4, 4),
-        Tile(256, 64, 128, 128, 4, 3),
-        Tile(None, 128, 128, 128, 8, 3),
-    ),
+    (80, False): _SMALL,
+    (80, True): _SMALL,
     (89, False): (
         Tile(16, 16, 64, 128, 4, 5),
         Tile(32, 32, 64, 128, 4, 4),
@@ -80,13 +75,7 @@ _TILES: dict[tuple[int, bool], tuple[Tile, ...]] = {
         Tile(256, 64, 128, 64, 4, 4),
         Tile(None, 128, 128, 64, 8, 4),
     ),
-    (89, True): (
-        Tile(16, 16, 64, 128, 4, 5),
-        Tile(32, 32, 64, 128, 4, 4),
-        Tile(64, 64, 64, 128, 4, 4),
-        Tile(256, 64, 128, 128, 4, 3),
-        Tile(None, 128, 128, 128, 8, 3),
-    ),
+    (89, True): _SMALL,
     (90, False): (
         Tile(16, 16, 64, 128, 4, 6),
         Tile(32, 32, 64, 128, 4, 5),
