@@ -187,6 +187,22 @@ class Kernel(ABC):
         which = 0 if smoothing.rows is None else smoothing.rows[rows]
         return (x[rows].float() * smoothing.inverse[which]).to(x.dtype)
 
+    def project(
+        self, x: torch.Tensor, rows: torch.Tensor, smoothing: RowSmoothing | None, left: torch.Tensor
+    ) -> torch.Tensor:
+        """U = smoothed ``x[rows]`` times L1: what ``LowRank.u`` holds.
+
+        Args:
+            x: as for ``quantize``.
+            rows: int64 [n].
+            smoothing: of all rows, None for none.
+            left: L1 [I, R] in the dtype of ``x``.
+
+        Returns:
+            [n, R] in the dtype of ``x``.
+        """
+        return self.smooth(x, rows, smoothing) @ left
+
     def prepare_factors(
         self, rights: Sequence[torch.Tensor | None], sizes: Sequence[int], activation: TensorFormat | None
     ) -> PreparedFactors | None:

@@ -131,7 +131,7 @@ class Stack:
             return [], None
         dtype = rows_ni.dtype
         held.fuse(self.sizes, self.members[0].activation, fused=dtype == torch.bfloat16)
-        u = {m: held.kernel.smooth(rows_ni, own, smoothing) @ held.left[m].to(dtype) for m, own in rows.items()}
+        u = {m: held.kernel.project(rows_ni, own, smoothing, held.left[m].to(dtype)) for m, own in rows.items()}
         fused = {m: factors for m in rows if isinstance(factors := held.right[m], PreparedFactors)}
         low_rank = [LowRank(rows[m], u[m].contiguous(), factors) for m, factors in fused.items()]
         others = {m: own for m, own in rows.items() if m not in fused}

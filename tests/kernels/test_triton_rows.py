@@ -32,10 +32,19 @@ def test_everything_in_the_interpreter():
     run_in_interpreter(__file__, "test_rows")
 
 
+def read_twice(launches, monkeypatch, wide):
+    """Rows in parts, as those that registers do not hold."""
+    if wide:
+        monkeypatch.setattr(launches, "WIDE", 0)
+        monkeypatch.setattr(launches, "_WIDE_COLUMNS", 256)
+
+
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("bits", [8, 6, 4, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_have_the_codes_of_the_reference(triton_device, dtype, bits):
+def test_rows_have_the_codes_of_the_reference(triton_device, launches, monkeypatch, wide, dtype, bits):
     fmt = cases.per_token(bits)
+    read_twice(launches, monkeypatch, wide)
     for count, inner in ((1, 1), (5, 130), (70, 128), (3, 2100)):
         x, smooth = cases.rows(count, inner, dtype), cases.smoothing(count, inner, 3)
         # Every value halfway between two codes of a row whose scale is one.
@@ -115,8 +124,10 @@ def test_rows_under_the_norm(triton_device, dtype, residual):
         assert normalized[~keep].isnan().all()
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_silu_times_up(triton_device, dtype):
+def test_rows_of_silu_times_up(triton_device, launches, monkeypatch, wide, dtype):
+    read_twice(launches, monkeypatch, wide)
     for count, inner in ((1, 1), (5, 130), (37, 576)):
         both = (torch.randn(count, 2 * inner) * 4).to(dtype)
         both[:, 0] = torch.linspace(-1000, 1000, count)

@@ -127,3 +127,55 @@ def quantize_rows(  # noqa: PLR0913
     padded = alive[:, None] & (column < num_padded)[None, :]
     tl.store(codes + row[:, None] * num_padded + column[None, :], _codes(values, scale[:, None]), mask=padded)
     tl.store(scales + row, scale, mask=alive)
+
+
+@triton.jit
+def _part(x_at, other_at, inverse_at, inside, SOURCE: tl.constexpr):
+    """Smoothed values of some columns of one row, float32."""
+    values = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+    if SOURCE == _SILU_MUL:
+        small = tl.exp(-tl.abs(values))
+        up = tl.load(other_at, mask=inside, other=0.0).to(tl.float32)
+        values = values * tl.where(values >= 0, 1.0, small) / (1.0 + small) * up
+    if inverse_at is not None:
+        values = values * tl.load(inverse_at, mask=inside, other=0.0)
+    return values
+
+
+@triton.jit
+def quantize_wide_rows(  # noqa: PLR0913
+    x,
+    other,
+    inverse,
+    vectors,
+    codes,
+    scales,
+    num_inner,
+    num_padded,
+    x_stride,
+    other_stride,
+    SOURCE: tl.constexpr,
+    QMAX: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """As ``quantize_rows``, one program a row that registers do not hold: read twice, the second time from a cache."""
+    row = tl.program_id(0).to(tl.int64)
+    inverse_row = inverse
+    if vectors is not None:
+        inverse_row = inverse + tl.load(vectors + row) * num_inner
+    largest = tl.zeros((COLUMNS,), tl.int32)
+    for start in range(0, num_inner, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        other_at = x if other is None else other + row * other_stride + column
+        inverse_at = None if inverse is None else inverse_row + column
+        values = _part(x + row * x_stride + column, other_at, inverse_at, column < num_inner, SOURCE)
+        largest = tl.maximum(largest, values.to(tl.int32, bitcast=True) & _MAGNITUDE_BITS)
+    scale = _scale(tl.max(largest, axis=0), QMAX)
+    for start in range(0, num_padded, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        other_at = x if other is None else other + row * other_stride + column
+        inverse_at = None if inverse is None else inverse_row + column
+        values = _part(x + row * x_stride + column, other_at, inverse_at, column < num_inner, SOURCE)
+        tl.store(codes + row * num_padded + column, _codes(values, scale), mask=column < num_padded)
+    tl.store(scales + row, scale)

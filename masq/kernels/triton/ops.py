@@ -30,6 +30,9 @@ _ELEMENTS_PER_PROGRAM = 2048
 FEW_ROWS = 64
 """Up to here a row is quantized by more warps."""
 _ELEMENTS_PER_WARP, _ELEMENTS_PER_WARP_OF_FEW = 1024, 256
+WIDE = 8192
+"""Rows of more columns are read twice, in parts of ``_WIDE_COLUMNS``."""
+_WIDE_COLUMNS = 4096
 _INTERPRETED_ELEMENTS = 2**16
 _INTERPRETED_GPU = (90, 8)
 
@@ -87,7 +90,18 @@ def _quantize(x: torch.Tensor, qmax: int, source: int, **given: Any) -> tuple[to
     names = ("other", "gamma", "inverse", "vectors", "keep")
     other = given.get("other")
     shape = _row_shape(num_rows, num_padded)
-    if num_rows:
+    if num_padded > WIDE and source != device_rows.NORM:
+        if num_rows:
+            _launch(
+                *(device_rows.quantize_wide_rows, (num_rows,), x.device, x),
+                *(given.get(name) for name in ("other", "inverse", "vectors")),
+                *(codes, scale, num_inner, num_padded, x.stride(0), 0 if other is None else other.stride(0)),
+                SOURCE=source,
+                QMAX=qmax,
+                COLUMNS=_WIDE_COLUMNS,
+                num_warps=8,
+            )
+    elif num_rows:
         _launch(
             *(device_rows.quantize_rows, (triton.cdiv(num_rows, shape["ROWS"]),), x.device, x),
             *(*(given.get(name) for name in names), codes, scale, given.get("summed"), given.get("normed")),
@@ -267,7 +281,7 @@ def low_rank_down(
     """U [n, R] = smoothed ``x[rows]`` times L1 [I, R], all in the dtype of x [N, I], sums in float32."""
     u = x.new_empty(len(rows), left.shape[1])
     if u.numel():
-        block_m, block_k = 64, 64
+        block_m, block_k = 32, 128
         block_r = min(max(triton.next_power_of_2(u.shape[1]), 16), 64)
         _launch(
             *(device_gemm.project, (triton.cdiv(len(u), block_m), triton.cdiv(u.shape[1], block_r)), x.device, x),

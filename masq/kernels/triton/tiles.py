@@ -81,13 +81,13 @@ _TILES: dict[tuple[int, bool], tuple[Tile, ...]] = {
         Tile(32, 32, 64, 128, 4, 5),
         Tile(64, 64, 64, 128, 4, 4),
         Tile(512, 128, 128, 128, 8, 3, max_registers=128, described=True),
-        Tile(None, 128, 256, 128, 8, 3, described=True),
+        Tile(None, 128, 256, 128, 8, 4, described=True),
     ),
     (90, True): (
         Tile(16, 16, 64, 128, 4, 6),
         Tile(32, 32, 64, 128, 4, 5),
         Tile(64, 64, 64, 128, 4, 4),
-        Tile(None, 128, 128, 128, 8, 3, max_registers=128),
+        Tile(None, 128, 128, 128, 4, 3),
     ),
 }
 
