@@ -81,14 +81,6 @@ class TritonKernel(Kernel):
         codes, scale = ops.smooth_quantize(x, inverse, rows, activation.qmax)
         return QuantizedActivation(codes, scale, len(x))
 
-    def project(
-        self, x: torch.Tensor, rows: torch.Tensor, smoothing: RowSmoothing | None, left: torch.Tensor
-    ) -> torch.Tensor:
-        """See ``Kernel.project``: in one pass, smoothed rows are never stored."""
-        from masq.kernels.triton import fused
-
-        return fused.project(x, rows, smoothing, left)
-
     def prepare_factors(
         self, rights: Sequence[torch.Tensor | None], sizes: Sequence[int], activation: TensorFormat | None
     ) -> PreparedFactors | None:

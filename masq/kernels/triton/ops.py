@@ -281,7 +281,7 @@ def low_rank_down(
     """U [n, R] = smoothed ``x[rows]`` times L1 [I, R], all in the dtype of x [N, I], sums in float32."""
     u = x.new_empty(len(rows), left.shape[1])
     if u.numel():
-        block_m, block_k = 32, 128
+        block_m, block_k = 64, 64
         block_r = min(max(triton.next_power_of_2(u.shape[1]), 16), 64)
         _launch(
             *(device_gemm.project, (triton.cdiv(len(u), block_m), triton.cdiv(u.shape[1], block_r)), x.device, x),
