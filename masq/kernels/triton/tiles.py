@@ -1,7 +1,7 @@
 """Tile sizes of the products by GPU, as data: chosen by rows, outputs and inputs.
 
 They follow from what a compute capability has. 9.0 multiplies tiles from shared memory by groups of warps: of 4-bit
-codes, and of 8-bit ones up to 512 rows, 128 x 128 within half the registers, so that two programs share a multiprocessor
+codes, and of 8-bit ones up to 512 rows, 128 x 128 in half the registers, so that two programs share a multiprocessor
 and one unpacks, or ends, while the other multiplies; of more rows of 8-bit codes 256 x 128. 8.9 has the smallest shared
 memory, 8.0 lies between. A test compiles every line and holds it to the limits of its GPU. The last
 lines of 9.0 are the fastest of those tried on an H200 with 2048 rows; no other was tuned on a GPU.
