@@ -97,7 +97,7 @@ def _smoothing_elements(config: RunConfig, formats: Collection[str], shapes: dic
 
 def _adapter_bytes(config: RunConfig, formats: Collection[str], shapes: dict[str, tuple[int, int]]) -> int:
     """Bytes of the low-rank factors of one block and one modality."""
-    compensation, elements = config.method.compensation, 0
+    compensation, elements, scales = config.method.compensation, 0, 0
     if compensation.kind == "none":
         return 0
     for role in [role for group in compensation.groups for role in GROUP_ROLES[group] if role in formats]:
@@ -105,4 +105,6 @@ def _adapter_bytes(config: RunConfig, formats: Collection[str], shapes: dict[str
         if rank is None:
             rank = int((compensation.rank_ratio or 0) * min(shapes[role]))
         elements += rank * sum(shapes[role])
-    return elements * DTYPE_BYTES[compensation.dtype]
+        scales += rank
+    # Codes in a byte each, and a float32 scale for each component.
+    return elements + 4 * scales if compensation.dtype == "int8" else elements * DTYPE_BYTES[compensation.dtype]

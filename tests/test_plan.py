@@ -89,6 +89,13 @@ def test_effective_bits_by_hand() -> None:
     assert ranks == {"query": 2, "key": 0, "value": 0, "output": 2, "gate": 2, "up": 2}
     vectors = 32 * 2 * 3 * 48
     assert masquant.effective_bits == pytest.approx((4 * weights + 32 * rows + vectors + adapters) / weights)
+    # A byte a code and a float32 scale a component; twice the rank costs as much as 16 bits, and the scales.
+    given = ("model=nano_vl", "modality=dual", "method=masquant", "++method.compensation.rank_ratio=0.1")
+    coded = plan(configured(*given, "++method.compensation.dtype=int8"))
+    ranks = {role: int(0.1 * min(shape)) for role, shape in shapes.items() if role != "down"}
+    codes = sum(8 * rank * sum(shapes[role]) for role, rank in ranks.items())
+    more = codes + 32 * sum(ranks.values())
+    assert coded.effective_bits == pytest.approx((4 * weights + 32 * rows + vectors + more) / weights)
     # A weight per modality, for the smoothed linears alone.
     mas = plan(configured("model=nano_vl", "modality=dual", "method=mas"))
     copied = sum(4 * a * b + 32 * a for role, (a, b) in shapes.items() if role != "down")

@@ -74,6 +74,10 @@ METHODS = {
         "smoothing": {"kind": "shared", "source": "text"},
         "compensation": {"kind": "whitened_low_rank", "rank_ratio": 0.1},
     },
+    "qera_int8": {
+        "smoothing": {"kind": "shared", "source": "text"},
+        "compensation": {"kind": "whitened_low_rank", "rank_ratio": 0.2, "dtype": "int8"},
+    },
 }
 
 
@@ -149,11 +153,11 @@ def test_every_method_end_to_end(splits: dict[str, Path], tmp_path: Path, method
         assert record.effective_bits["total"] == pytest.approx(planned.effective_bits)
         # mas stores three weights wherever it smooths, that is everywhere but in down.
         assert 4 < record.effective_bits["codes"] < 12 if method == "mas" else record.effective_bits["codes"] == 4
-        assert (record.effective_bits["adapters"] > 0) == (method in ("masquant", "qera"))
+        assert (record.effective_bits["adapters"] > 0) == (method in ("masquant", "qera", "qera_int8"))
         assert len(record.blocks) == 3
 
 
-@pytest.mark.parametrize("method", ["rtn", "masquant", "quarot_gptq"])
+@pytest.mark.parametrize("method", ["rtn", "masquant", "qera_int8", "quarot_gptq"])
 def test_packed_execution_equals_the_simulation(splits: dict[str, Path], tmp_path: Path, method: str) -> None:
     simulated = run(config(splits, tmp_path, method))
     packed = run(config(splits, tmp_path, method, execution="packed"))

@@ -99,7 +99,7 @@ def _corrected(
     assert factors is not None
 
     def call(at: int) -> torch.Tensor:
-        u = kernel.project(case.x, case.rows, case.smoothing, left)
+        u = kernel.smooth(case.x, case.rows, case.smoothing) @ left
         return full(at, (LowRank(case.rows, u, factors),))
 
     return call

@@ -34,6 +34,8 @@ class WhitenedLowRank:
             weight error W s_m - Q(W s_text) does not: ``given`` keeps what smoothing found (the paper), ``text``
             gives it the geometric mean of text's factor.
         dtype: in which the factors are stored, whatever the model's own is; they are multiplied in the model's.
+            ``int8`` means codes with a float32 scale for each component (``masq.numerics.low_rank``): twice the rank
+            in the bytes of sixteen bits.
     """
 
     kind: Literal["whitened_low_rank"] = "whitened_low_rank"
@@ -44,7 +46,7 @@ class WhitenedLowRank:
     activations: Literal["quantized", "float"] = "quantized"
     groups: tuple[GroupName, ...] = ("qkv", "output", "gate_up")
     gauge: Literal["given", "text"] = "given"
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32", "int8"] = "bfloat16"
 
     def __post_init__(self) -> None:
         """Reject values out of range.

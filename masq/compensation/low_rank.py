@@ -90,6 +90,20 @@ def fit_low_rank(residual: torch.Tensor, root: Whitener, rank: int, *, whiten: b
     return LowRank(u, right, _share(energy, remaining))
 
 
+def captured_share(residual: torch.Tensor, root: Whitener, left: torch.Tensor, right: torch.Tensor) -> float:
+    """Share of the whitened energy that any factors remove: ``LowRank.captured`` of rounded ones.
+
+    Args:
+        residual: dW, [O, I].
+        root: as for ``fit_low_rank``.
+        left: L1, float64 [I, R].
+        right: L2, float64 [R, O].
+    """
+    whitened_io = root.sqrt @ residual.double().t()
+    remaining = float((whitened_io - (root.sqrt @ left) @ right).square().sum())
+    return _share(float(whitened_io.square().sum()), remaining)
+
+
 def fit_low_rank_from_covariance(
     residual: torch.Tensor, covariance: torch.Tensor, rank: int, damping: float, *, whiten: bool = True
 ) -> LowRank:

@@ -4,11 +4,12 @@
 ``Qwen2_5_VLForConditionalGeneration`` and, for Omni checkpoints, ``Qwen2_5OmniThinkerForConditionalGeneration``), and
 ``AutoProcessor.from_pretrained(folder)`` its processor. ``load`` is the same with every error one of masq.
 
-Version 1 of the format
+Versions 1 and 2 of the format
     ``config.json``
         The model's own, with ``tie_word_embeddings`` as the weights are, and ``quantization_config``:
 
-        - ``quant_method`` "masq", ``version`` 1.
+        - ``quant_method`` "masq", ``version``: 2 where a linear has int8 factors, which masq before it cannot read; 1
+          for all others.
         - ``formats``: list of {"weight", "activation"}, each {"bits", "symmetric", "granularity", "group_size"}
           (``masq.numerics.scheme.TensorFormat``); an activation is null where it stays in float.
         - ``linears``: by module name, every quantized linear: ``in_features`` I, ``out_features`` O, ``format`` (number
@@ -32,7 +33,9 @@ Version 1 of the format
         - ``bias``: [O].
         - ``inverse_smoothing``: 1 / s, float32 [U, I]; ``smoothing_rows``: int64 [3], which of them text, vision and
           audio use.
-        - ``left_<modality>`` [I, R] and ``right_<modality>`` [R, O].
+        - ``left_<modality>`` [I, R] and ``right_<modality>`` [R, O]. If they are int8, they are codes between -127 and
+          127 with ``factor_scale_<modality>``, float32 [R], the same for both: what is added is
+          ``(x / s) (left diag(scale)) (diag(scale) right)``.
 
         Of a rotated module ``signs``, float32 [I], and its linear is ``<name>.linear``.
         The metadata of each file hold ``masq_tensors``: JSON {name: [dtype, shape, sha256]} of all tensors.
@@ -72,6 +75,7 @@ from masq.kernels import AUTO
 from masq.models.base import GROUPS
 from masq.models.checkpoint import INDEX
 from masq.modules.packed_linear import PackedLinear
+from masq.numerics.low_rank import QMAX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -293,8 +297,10 @@ def _check_values(name: str, file: Any, description: Description) -> None:
         good = values <= description.linears[owner].format.weight.qmax
     elif kind == "signs":
         good = values.abs() == 1
-    elif kind in ("scale", "inverse_smoothing"):
+    elif kind in ("scale", "inverse_smoothing") or kind.startswith("factor_scale"):
         good = values.isfinite() & (values >= 0)
+    elif values.dtype == torch.int8:
+        good = values >= -QMAX
     else:
         good = values.isfinite()
     if not good.all():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from masq.errors import ModelError
-from masq.export.description import SIDES, STORED_DTYPES, Description, LinearEntry
+from masq.export.description import FACTOR_DTYPES, SIDES, STORED_DTYPES, Description, LinearEntry
 from masq.models.rotated import RotatedInput
 from masq.modules.packed_linear import PackedLinear
 from masq.modules.quant_linear import QuantLinear
@@ -116,13 +116,14 @@ def _entry(module: QuantLinear | PackedLinear, group: int) -> LinearEntry:
         )
     state = module.state_dict()
     ranks = {side: state[f"left_{side}"].shape[1] for side in SIDES if f"left_{side}" in state}
-    factor_dtypes = {_name(state[f"{end}_{side}"].dtype) for side in ranks for end in ("left", "right")}
+    ends = [state[f"{end}_{side}"].dtype for side in ranks for end in ("left", "right")]
+    factor_dtypes = {_name(dtype, FACTOR_DTYPES) for dtype in ends}
     bias, smoothing = state.get("bias"), state.get("inverse_smoothing")
     return LinearEntry(
         in_features=module.in_features,
         out_features=module.out_features,
         format=LinearFormat(module.weight_format, module.activation),
-        bias=None if bias is None else _name(bias.dtype),
+        bias=None if bias is None else _name(bias.dtype, STORED_DTYPES),
         smoothing=0 if smoothing is None else len(smoothing),
         ranks=ranks,
         factor_dtype=next(iter(factor_dtypes), None),
@@ -130,11 +131,11 @@ def _entry(module: QuantLinear | PackedLinear, group: int) -> LinearEntry:
     )
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: torch.dtype, known: Mapping[str, str]) -> str:
     name = str(dtype).removeprefix("torch.")
-    if name not in STORED_DTYPES:
+    if name not in known:
         raise ModelError(
-            f"biases and factors are stored in one of {', '.join(STORED_DTYPES)}",
+            f"biases and factors are stored in one of {', '.join(known)}",
             value=name,
             remedy="cast the model first",
         )

@@ -16,11 +16,14 @@ from masq.models.sample import Modality
 from masq.numerics.scheme import LinearFormat, TensorFormat
 
 METHOD = "masq"
-VERSION = 1
+VERSIONS = (1, 2)
+"""Of the format: 2 has int8 factors, and is written where there are any; 1 is all else."""
 SIDES = tuple(m.name.lower() for m in Modality if m is not Modality.PADDING)
 """Names of the modalities of tokens, in the order of their ids."""
 STORED_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """Names in safetensors of the dtypes that biases and low-rank factors may have."""
+FACTOR_DTYPES = {**STORED_DTYPES, "int8": "I8"}
+"""Those of factors: int8 means codes, and a scale for each component."""
 
 _MAX_FEATURES = 1 << 24
 _MAX_LINEARS = 1 << 16
@@ -39,7 +42,7 @@ class LinearEntry:
         bias: its dtype, None for none.
         smoothing: U, the number of distinct smoothing vectors at run time; 0 for none.
         ranks: R of the low-rank correction by name of the modality.
-        factor_dtype: dtype of the corrections' factors, None without corrections.
+        factor_dtype: dtype of the corrections' factors, int8 for codes with scales, None without corrections.
         group: linears with the same number read the same input.
     """
 
@@ -70,8 +73,10 @@ class LinearEntry:
             found["inverse_smoothing"] = ("F32", (self.smoothing, d_in))
             found["smoothing_rows"] = ("I64", (len(SIDES),))
         for side, rank in self.ranks.items():
-            dtype = STORED_DTYPES[self.factor_dtype or "float32"]
+            dtype = FACTOR_DTYPES[self.factor_dtype or "float32"]
             found |= {f"left_{side}": (dtype, (d_in, rank)), f"right_{side}": (dtype, (rank, d_out))}
+            if dtype == "I8":
+                found[f"factor_scale_{side}"] = ("F32", (rank,))
         return found
 
 
@@ -97,6 +102,11 @@ class Description:
     tensors_sha256: str = ""
     config_sha256: str = ""
 
+    @property
+    def version(self) -> int:
+        """Of the format: the first that can say this."""
+        return VERSIONS[any(entry.factor_dtype == "int8" for entry in self.linears.values())]
+
     def sealed(self, tensors_sha256: str, config_sha256: str) -> Description:
         """The same, of these contents."""
         return replace(self, tensors_sha256=tensors_sha256, config_sha256=config_sha256)
@@ -116,7 +126,7 @@ class Description:
         formats = list(dict.fromkeys(entry.format for entry in self.linears.values()))
         content: dict[str, Any] = {
             "quant_method": METHOD,
-            "version": VERSION,
+            "version": self.version,
             "formats": [asdict(one) for one in formats],
             "linears": {name: _entry_to_dict(entry, formats) for name, entry in self.linears.items()},
             "rotation": {"inputs": list(self.rotated), "residual": self.residual_rotation},
@@ -145,7 +155,7 @@ class Description:
         linears = _object(content["linears"], "linears")
         if not 0 < len(linears) <= _MAX_LINEARS:
             raise _error("linears must name between 1 and 65536 linears", len(linears))
-        return cls(
+        found = cls(
             linears={name: _entry(name, one, formats) for name, one in linears.items()},
             rotated=tuple(_text(name, "rotation.inputs") for name in _list(rotation["inputs"])),
             residual_rotation=_boolean(rotation["residual"], "rotation.residual"),
@@ -154,6 +164,9 @@ class Description:
             tensors_sha256=_text(content["tensors_sha256"], "tensors_sha256"),
             config_sha256=_text(content["config_sha256"], "config_sha256"),
         )
+        if found.version != content["version"]:
+            raise _error("version 2 is of checkpoints with int8 factors, version 1 of all others", content["version"])
+        return found
 
 
 def _entry_to_dict(entry: LinearEntry, formats: list[LinearFormat]) -> dict[str, Any]:
@@ -180,14 +193,14 @@ def _entry(name: str, content: Any, formats: list[LinearFormat]) -> LinearEntry:
     for side in ranks:
         _known_side(side)
         _integer(ranks[side], f"{name}.ranks.{side}", 1, min(d_in, d_out))
-    factor_dtype = _dtype(content["factor_dtype"], f"{name}.factor_dtype")
+    factor_dtype = _dtype(content["factor_dtype"], f"{name}.factor_dtype", FACTOR_DTYPES)
     if bool(ranks) != (factor_dtype is not None):
         raise _error(f"{name}: factor_dtype belongs to ranks", f"{factor_dtype} with {len(ranks)} ranks")
     return LinearEntry(
         in_features=d_in,
         out_features=d_out,
         format=fmt,
-        bias=_dtype(content["bias"], f"{name}.bias"),
+        bias=_dtype(content["bias"], f"{name}.bias", STORED_DTYPES),
         smoothing=_integer(content["smoothing"], f"{name}.smoothing", 0, len(SIDES)),
         ranks=ranks,
         factor_dtype=factor_dtype,
@@ -241,9 +254,9 @@ def _check_version(content: Mapping[str, Any]) -> None:
     if content.get("quant_method") != METHOD:
         raise _error("quantization_config must be of quant_method masq", _shown(content.get("quant_method")))
     version = content.get("version")
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version not in VERSIONS:
         raise ModelError(
-            f"this masq reads packed checkpoints of version {VERSION}",
+            f"this masq reads packed checkpoints of version {' or '.join(map(str, VERSIONS))}",
             value=f"version {_shown(version)}",
             remedy="load it with the masq that wrote it, or export the run again",
         )
@@ -300,9 +313,9 @@ def _integer(content: Any, place: str, low: int, high: int) -> int:
     return content
 
 
-def _dtype(content: Any, place: str) -> str | None:
-    if content is not None and content not in STORED_DTYPES:
-        raise _error(f"{place} must be one of {', '.join(STORED_DTYPES)}, or null", _shown(content))
+def _dtype(content: Any, place: str, known: Mapping[str, str]) -> str | None:
+    if content is not None and content not in known:
+        raise _error(f"{place} must be one of {', '.join(known)}, or null", _shown(content))
     return content
 
 

@@ -187,29 +187,13 @@ class Kernel(ABC):
         which = 0 if smoothing.rows is None else smoothing.rows[rows]
         return (x[rows].float() * smoothing.inverse[which]).to(x.dtype)
 
-    def project(
-        self, x: torch.Tensor, rows: torch.Tensor, smoothing: RowSmoothing | None, left: torch.Tensor
-    ) -> torch.Tensor:
-        """U = smoothed ``x[rows]`` times L1: what ``LowRank.u`` holds.
-
-        Args:
-            x: as for ``quantize``.
-            rows: int64 [n].
-            smoothing: of all rows, None for none.
-            left: L1 [I, R] in the dtype of ``x``.
-
-        Returns:
-            [n, R] in the dtype of ``x``.
-        """
-        return self.smooth(x, rows, smoothing) @ left
-
     def prepare_factors(
         self, rights: Sequence[torch.Tensor | None], sizes: Sequence[int], activation: TensorFormat | None
     ) -> PreparedFactors | None:
         """Second factors that ``gemm`` itself multiplies, rows being bfloat16; None where it cannot.
 
         Args:
-            rights: L2 [R_j, O_j] of each part of the outputs, None where it has none.
+            rights: L2 [R_j, O_j] of each part of the outputs, or its codes in int8, None where it has none.
             sizes: O_j.
             activation: format of the input.
         """

@@ -158,7 +158,7 @@ class CpuKernel(Kernel):
     def prepare_factors(
         self, rights: Sequence[torch.Tensor | None], sizes: Sequence[int], activation: TensorFormat | None
     ) -> PreparedFactors | None:
-        """See ``Kernel.prepare_factors``: with instructions for bfloat16, integer inputs and factors in bfloat16."""
+        """See ``Kernel.prepare_factors``: where there is bfloat16, for integer inputs; factors in it, or codes."""
         if activation is None or self.isa < _BF16:
             return None
         return low_rank_factors.prepare(rights, sizes)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SLICE, PANEL = 32, 32
 MAX_MODALITIES = 4
+FUSED = ({torch.bfloat16}, {torch.int8})
 
 
 class _LowRank(ctypes.Structure):
@@ -34,10 +35,13 @@ class _LowRank(ctypes.Structure):
 
 
 def prepare(rights: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> PreparedFactors | None:
-    """L2 of every part [R_j, O_j] in tiles of bfloat16; None where they are of another dtype or share a panel."""
+    """L2 of every part [R_j, O_j] in tiles; None where they are neither all bfloat16 nor all int8, or share a panel.
+
+    Tiles of int8 codes stay so between calls, each of which makes bfloat16 of them.
+    """
     there = [right for right in rights if right is not None]
     aligned = all(size % PANEL == 0 for size in sizes[:-1])
-    if not there or not aligned or any(right.dtype != torch.bfloat16 for right in there):
+    if not there or not aligned or {right.dtype for right in there} not in FUSED:
         return None
     ranks = tuple(0 if right is None else len(right) for right in rights)
     tiles = [_tiles(right) for right in there]
@@ -62,12 +66,15 @@ class Arguments:
     def __init__(self, terms: Sequence[LowRank]) -> None:
         self.count = len(terms)
         self._terms = terms
+        self._tiles: list[torch.Tensor] = []
         self._array = (_LowRank * max(len(terms), 1))()
         for entry, term in zip(self._array, terms, strict=False):
             starts, part_of, columns, firsts = _places(term.factors.ranks, term.factors.sizes)
             entry.u, entry.rows = term.u.data_ptr(), term.rows.data_ptr()
             entry.count, entry.width = term.u.shape
-            entry.tiles, entry.starts = term.factors.tensors["tiles"].data_ptr(), starts.data_ptr()
+            tiles = term.factors.tensors["tiles"].bfloat16()
+            self._tiles.append(tiles)
+            entry.tiles, entry.starts = tiles.data_ptr(), starts.data_ptr()
             entry.part_of, entry.columns, entry.firsts = part_of.data_ptr(), columns.data_ptr(), firsts.data_ptr()
             entry.parts = len(term.factors.sizes)
         self.pointer = ctypes.addressof(self._array) if terms else None
@@ -89,7 +96,7 @@ def _places(ranks: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[torch.Tenso
 
 
 def _tiles(right: torch.Tensor) -> torch.Tensor:
-    """bfloat16 [R, O] to [panels * slices, 2, 16, 16, 2]: line r of a tile holds ranks 2r and 2r + 1 of each output."""
+    """[R, O] to [panels * slices, 2, 16, 16, 2]: line r of a tile holds ranks 2r and 2r + 1 of each output."""
     padded = functional.pad(right, (0, -right.shape[1] % PANEL, 0, -len(right) % SLICE))
     parts = padded.view(len(padded) // SLICE, 16, 2, padded.shape[1] // PANEL, 2, 16)
     return parts.permute(3, 0, 4, 1, 5, 2).reshape(-1, 2, 16, 16, 2)

@@ -91,5 +91,5 @@ def _linear_footprint(linear: nn.Module, *, counts_smoothing: bool) -> Footprint
         codes=copies * num_weights * linear.weight_format.bits,
         scales=sum(size for name, size in bits.items() if name.startswith("scale")) + ZERO_POINT_BITS * zero_points,
         smoothing=bits.get("inverse_smoothing", 0) if counts_smoothing else 0,
-        adapters=sum(size for name, size in bits.items() if name.startswith(("left_", "right_"))),
+        adapters=sum(size for name, size in bits.items() if name.startswith(("left_", "right_", "factor_scale_"))),
     )

@@ -15,9 +15,10 @@ from torch import nn
 from masq.errors import ModelError
 from masq.kernels import AUTO
 from masq.models.base import GROUPS, Modality
-from masq.modules.quant_linear import TOKEN_MODALITIES, QuantLinear
+from masq.modules.quant_linear import TOKEN_MODALITIES, QuantLinear, factors_in, register_factors
 from masq.modules.stack import Stack, stack
 from masq.numerics.affine import QuantizedTensor
+from masq.numerics.low_rank import Factors, Given, factors_of
 from masq.numerics.packing import NIBBLE_BITS, PackedWeight, pack
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from masq.modules.modality import ModalityContext
     from masq.numerics.scheme import LinearFormat, TensorFormat
 
+_FACTORS = ("left", "right", "factor_scale")
 _FLOAT32 = ("scale", "inverse_smoothing")
 """Buffers that keep float32 whatever dtype the model is cast to."""
 
@@ -45,7 +47,7 @@ class PackedLinear(nn.Module):
         bias: [O] or None.
         inverse_smoothing: 1 / s, float32 [U, I], that of text first; None for no run-time smoothing.
         smoothing_rows: int64 [number of modalities], the row of ``inverse_smoothing`` that each uses.
-        corrections: (L1 [I, R], L2 [R, O]) by modality.
+        corrections: (L1 [I, R], L2 [R, O]) by modality, or their codes and scales (``Factors``).
         kernel: name of the kernel, ``auto`` for the best that can run it.
     """
 
@@ -65,7 +67,7 @@ class PackedLinear(nn.Module):
         bias: torch.Tensor | None = None,
         inverse_smoothing: torch.Tensor | None = None,
         smoothing_rows: torch.Tensor | None = None,
-        corrections: Mapping[Modality, tuple[torch.Tensor, torch.Tensor]] | None = None,
+        corrections: Mapping[Modality, Given] | None = None,
         kernel: str = AUTO,
     ) -> None:
         super().__init__()
@@ -75,8 +77,10 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.register_buffer("inverse_smoothing", inverse_smoothing)
         self.register_buffer("smoothing_rows", smoothing_rows)
-        self.correction_modalities = tuple(sorted(corrections or ()))
-        self.set_plain(weight, corrections or {})
+        factors = {modality: factors_of(given) for modality, given in (corrections or {}).items()}
+        self.correction_modalities = tuple(sorted(factors))
+        self.coded_modalities = tuple(m for m in self.correction_modalities if factors[m].scale is not None)
+        self.set_plain(weight, factors)
         self.stack = Stack([self])
 
     @classmethod
@@ -96,7 +100,6 @@ class PackedLinear(nn.Module):
         name = Modality.TEXT.name.lower()
         zero_point = state.get(f"zero_point_{name}")
         weight = QuantizedTensor(state[f"codes_{name}"], state[f"scale_{name}"], zero_point, layer.weight_format)
-        sides = ((m, m.name.lower()) for m in layer.correction_modalities)
         return cls(
             pack(weight),
             activation=layer.activation,
@@ -104,7 +107,7 @@ class PackedLinear(nn.Module):
             bias=state.get("bias"),
             inverse_smoothing=state.get("inverse_smoothing"),
             smoothing_rows=state.get("smoothing_rows"),
-            corrections={m: (state[f"left_{side}"], state[f"right_{side}"]) for m, side in sides},
+            corrections=factors_in(state),
             kernel=kernel,
         )
 
@@ -130,7 +133,7 @@ class PackedLinear(nn.Module):
             context: tells the modality of every row.
             bias: its dtype, None for none.
             num_smoothing: U, 0 for no run-time smoothing.
-            ranks: R and dtype of the corrections by modality.
+            ranks: R and dtype of the corrections by modality; int8 is codes with scales.
             kernel: name of the kernel.
         """
         weight = fmt.weight
@@ -148,25 +151,22 @@ class PackedLinear(nn.Module):
             inverse_smoothing=torch.empty(num_smoothing, in_features, dtype=torch.float32) if num_smoothing else None,
             smoothing_rows=torch.empty(len(TOKEN_MODALITIES), dtype=torch.int64) if num_smoothing else None,
             corrections={
-                modality: (
+                modality: Factors(
                     torch.empty(in_features, rank, dtype=dtype),
                     torch.empty(rank, out_features, dtype=dtype),
+                    torch.empty(rank, dtype=torch.float32) if dtype == torch.int8 else None,
                 )
                 for modality, (rank, dtype) in ranks.items()
             },
             kernel=kernel,
         )
 
-    def set_plain(
-        self, weight: PackedWeight, corrections: Mapping[Modality, tuple[torch.Tensor, torch.Tensor]]
-    ) -> None:
+    def set_plain(self, weight: PackedWeight, corrections: Mapping[Modality, Factors]) -> None:
         """Hold the stored weight and the factors as buffers of this layer."""
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zero_point", weight.zero_point)
-        for modality, (left, right) in corrections.items():
-            self.register_buffer(f"left_{modality.name.lower()}", left.contiguous())
-            self.register_buffer(f"right_{modality.name.lower()}", right.contiguous())
+        register_factors(self, corrections)
 
     def plain(self) -> PackedWeight:
         """The stored weight, while no kernel holds it."""
@@ -174,14 +174,14 @@ class PackedLinear(nn.Module):
         assert self.scale is not None
         return PackedWeight(self.codes, self.scale, self.zero_point, self.weight_format, self.in_features)
 
-    def factors(self, modality: Modality) -> tuple[torch.Tensor, torch.Tensor]:
-        """(L1, L2) of one modality, while no kernel holds them."""
+    def factors(self, modality: Modality) -> Factors:
+        """L1 and L2 of one modality, while no kernel holds them."""
         name = modality.name.lower()
-        return getattr(self, f"left_{name}"), getattr(self, f"right_{name}")
+        return Factors(*(getattr(self, f"{part}_{name}") for part in _FACTORS))
 
     def release_plain(self) -> None:
         """Forget weight and factors, which a stack has taken over."""
-        names = [f"{side}_{m.name.lower()}" for side in ("left", "right") for m in self.correction_modalities]
+        names = [f"{part}_{m.name.lower()}" for part in _FACTORS for m in self.correction_modalities]
         for name in ("codes", "scale", "zero_point", *names):
             self.register_buffer(name, None)
 
@@ -215,7 +215,8 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
         # Another device may need another kernel: back to the plain layout, and chosen anew at the next forward.
         self.stack.release()
-        kept = {name: getattr(self, name) for name in _FLOAT32}
+        scales = [f"factor_scale_{m.name.lower()}" for m in self.coded_modalities]
+        kept = {name: getattr(self, name) for name in (*_FLOAT32, *scales)}
         super()._apply(fn, recurse)
         for name, before in kept.items():
             after = getattr(self, name)

@@ -15,6 +15,7 @@ from masq.errors import ModelError
 from masq.models.base import Modality
 from masq.numerics.affine import QuantizedTensor, quantize
 from masq.numerics.integer_gemm import scaled_matmul
+from masq.numerics.low_rank import Factors, Given, factors_of, project
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,7 +42,8 @@ class QuantLinear(nn.Module):
         context: tells the modality of every row.
         smoothing: factor s_m [I] by modality, None for no run-time smoothing. Text must be present; a modality that
             calibration never saw uses the factor of text.
-        corrections: (L1 [I, R], L2 [R, O]) by modality, kept in the dtype they come in, multiplied in that of the rows.
+        corrections: (L1 [I, R], L2 [R, O]) by modality, or their codes and scales (``Factors``), kept in the dtype they
+            come in, multiplied in that of the rows.
         dtype: dtype of the bias.
     """
 
@@ -57,7 +59,7 @@ class QuantLinear(nn.Module):
         activation: TensorFormat | None,
         context: ModalityContext,
         smoothing: Mapping[Modality, torch.Tensor] | None = None,
-        corrections: Mapping[Modality, tuple[torch.Tensor, torch.Tensor]] | None = None,
+        corrections: Mapping[Modality, Given] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -79,9 +81,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("inverse_smoothing", table)
         self.register_buffer("smoothing_rows", rows)
         self.correction_modalities = tuple(sorted(corrections or ()))
-        for modality, (left, right) in (corrections or {}).items():
-            self.register_buffer(f"left_{modality.name.lower()}", left.contiguous())
-            self.register_buffer(f"right_{modality.name.lower()}", right.contiguous())
+        register_factors(self, corrections or {})
 
     def _register_weight(self, name: str, weight: QuantizedTensor) -> None:
         self.register_buffer(f"codes_{name}", weight.codes.contiguous())
@@ -153,8 +153,8 @@ class QuantLinear(nn.Module):
     def low_rank(self, rows: torch.Tensor, modality: Modality) -> torch.Tensor:
         """Correction of smoothed rows [n, I] of one modality: [n, O]."""
         name = modality.name.lower()
-        left, right = (getattr(self, f"{side}_{name}").to(rows.dtype) for side in ("left", "right"))
-        return rows @ left @ right
+        u_nr = project(rows, getattr(self, f"left_{name}"), getattr(self, f"factor_scale_{name}"))
+        return u_nr @ getattr(self, f"right_{name}").to(rows.dtype)
 
     @classmethod
     def from_state(
@@ -175,17 +175,12 @@ class QuantLinear(nn.Module):
             for name, modality in by_name.items()
             if f"codes_{name}" in state
         }
-        corrections = {
-            modality: (state[f"left_{name}"], state[f"right_{name}"])
-            for name, modality in by_name.items()
-            if f"left_{name}" in state
-        }
         layer = cls(
             weights=weights,
             bias=state.get("bias"),
             activation=activation,
             context=context,
-            corrections=corrections,
+            corrections=factors_in(state),
             dtype=dtype,
         )
         for name in ("inverse_smoothing", "smoothing_rows"):
@@ -196,6 +191,25 @@ class QuantLinear(nn.Module):
         """One line for ``print(model)``."""
         bits = self.activation.bits if self.activation is not None else 16
         return f"{self.in_features}, {self.out_features}, w{self.weight_format.bits}a{bits}"
+
+
+def register_factors(layer: nn.Module, corrections: Mapping[Modality, Given]) -> None:
+    """Hold corrections as buffers of a layer; those as they are have no scale."""
+    for modality, given in corrections.items():
+        factors, name = factors_of(given), modality.name.lower()
+        layer.register_buffer(f"left_{name}", factors.left.contiguous())
+        layer.register_buffer(f"right_{name}", factors.right.contiguous())
+        layer.register_buffer(f"factor_scale_{name}", factors.scale)
+
+
+def factors_in(state: Mapping[str, torch.Tensor]) -> dict[Modality, Factors]:
+    """The corrections in a state that ``register_factors`` made."""
+    names = {modality: modality.name.lower() for modality in TOKEN_MODALITIES}
+    return {
+        modality: Factors(state[f"left_{name}"], state[f"right_{name}"], state.get(f"factor_scale_{name}"))
+        for modality, name in names.items()
+        if f"left_{name}" in state
+    }
 
 
 def _inverse_table(smoothing: Mapping[Modality, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,6 +21,7 @@ from masq.kernels.base import (
     RowAddend,
     RowSmoothing,
 )
+from masq.numerics.low_rank import Factors, project
 from masq.numerics.packing import PackedWeight, concatenate, split
 from masq.numerics.scheme import LinearFormat
 
@@ -43,6 +44,7 @@ class _Prepared:
         bias: float32 [sum of O], or None.
         left: L1 of all members side by side, [I, sum of R], by modality.
         right: L2 of each member, None where it has none, by modality; or all of them in the layout of the kernel.
+        scale: of the components of all members, float32 [sum of R], by modality; none where factors are as they are.
     """
 
     kernel: Kernel
@@ -50,6 +52,7 @@ class _Prepared:
     bias: torch.Tensor | None
     left: dict[Modality, torch.Tensor]
     right: dict[Modality, list[torch.Tensor | None] | PreparedFactors]
+    scale: dict[Modality, torch.Tensor]
 
     def plain_right(self, modality: Modality) -> list[torch.Tensor | None]:
         """L2 of each member as it is stored."""
@@ -129,9 +132,11 @@ class Stack:
         rows = {modality: own for modality in held.left if (own := context.rows_of(modality)).numel()}
         if not rows:
             return [], None
-        dtype = rows_ni.dtype
-        held.fuse(self.sizes, self.members[0].activation, fused=dtype == torch.bfloat16)
-        u = {m: held.kernel.project(rows_ni, own, smoothing, held.left[m].to(dtype)) for m, own in rows.items()}
+        held.fuse(self.sizes, self.members[0].activation, fused=rows_ni.dtype == torch.bfloat16)
+        u = {
+            m: project(held.kernel.smooth(rows_ni, own, smoothing), held.left[m], held.scale.get(m))
+            for m, own in rows.items()
+        }
         fused = {m: factors for m in rows if isinstance(factors := held.right[m], PreparedFactors)}
         low_rank = [LowRank(rows[m], u[m].contiguous(), factors) for m, factors in fused.items()]
         others = {m: own for m, own in rows.items() if m not in fused}
@@ -171,8 +176,8 @@ class Stack:
             fmt = LinearFormat(first.weight_format, first.activation)
             spec = LinearSpec(whole.in_features, whole.out_features, fmt, whole.codes.device.type)
             kernel = select(first.kernel, spec)
-            left, right = self._take_factors()
-            self._prepared = _Prepared(kernel, kernel.prepare(whole, first.activation), self._bias(), left, right)
+            taken = self._take_factors()
+            self._prepared = _Prepared(kernel, kernel.prepare(whole, first.activation), self._bias(), *taken)
             for member in self.members:
                 member.release_plain()
                 member.inverse_smoothing, member.smoothing_rows = first.inverse_smoothing, first.smoothing_rows
@@ -195,8 +200,11 @@ class Stack:
         tensors = {"codes": weight.codes, "scale": weight.scale}
         if weight.zero_point is not None:
             tensors["zero_point"] = weight.zero_point
-        for modality, (left, right) in factors.items():
-            tensors |= {f"left_{modality.name.lower()}": left, f"right_{modality.name.lower()}": right}
+        for modality, (left, right, scale) in factors.items():
+            name = modality.name.lower()
+            tensors |= {f"left_{name}": left, f"right_{name}": right}
+            if scale is not None:
+                tensors[f"factor_scale_{name}"] = scale
         return tensors
 
     @property
@@ -204,12 +212,12 @@ class Stack:
         """Bytes in memory of everything that the members need."""
         held = self.prepare()
         first = self.members[0]
-        kept = [held.bias, first.inverse_smoothing, first.smoothing_rows, *held.left.values()]
+        kept = [held.bias, first.inverse_smoothing, first.smoothing_rows, *held.left.values(), *held.scale.values()]
         for rights in held.right.values():
             kept += rights.tensors.values() if isinstance(rights, PreparedFactors) else rights
         return held.weight.num_bytes + sum(one.numel() * one.element_size() for one in kept if one is not None)
 
-    def _plain_of(self, index: int) -> tuple[PackedWeight, dict[Modality, tuple[torch.Tensor, torch.Tensor]]]:
+    def _plain_of(self, index: int) -> tuple[PackedWeight, dict[Modality, Factors]]:
         assert self._prepared is not None
         held = self._prepared
         weight = split(held.kernel.restore(held.weight), self.sizes)[index]
@@ -219,20 +227,32 @@ class Stack:
             right = rights[index]
             if right is not None:
                 before = sum(len(other) for other in rights[:index] if other is not None)
-                factors[modality] = held.left[modality][:, before : before + len(right)].clone(), right
+                own, scale = slice(before, before + len(right)), held.scale.get(modality)
+                factors[modality] = Factors(
+                    held.left[modality][:, own].clone(), right, None if scale is None else scale[own].clone()
+                )
         return weight, factors
 
     def _take_factors(
         self,
-    ) -> tuple[dict[Modality, torch.Tensor], dict[Modality, list[torch.Tensor | None] | PreparedFactors]]:
+    ) -> tuple[
+        dict[Modality, torch.Tensor],
+        dict[Modality, list[torch.Tensor | None] | PreparedFactors],
+        dict[Modality, torch.Tensor],
+    ]:
         left: dict[Modality, torch.Tensor] = {}
+        scale: dict[Modality, torch.Tensor] = {}
         right: dict[Modality, list[torch.Tensor | None] | PreparedFactors] = {}
         for modality in sorted({m for member in self.members for m in member.correction_modalities}):
             has = [modality in member.correction_modalities for member in self.members]
             factors = [member.factors(modality) if own else None for member, own in zip(self.members, has, strict=True)]
-            left[modality] = torch.cat([pair[0] for pair in factors if pair is not None], dim=1)
-            right[modality] = [None if pair is None else pair[1] for pair in factors]
-        return left, right
+            there = [one for one in factors if one is not None]
+            left[modality] = torch.cat([one.left for one in there], dim=1)
+            right[modality] = [None if one is None else one.right for one in factors]
+            scales = [one.scale for one in there if one.scale is not None]
+            if scales:
+                scale[modality] = torch.cat(scales)
+        return left, right, scale
 
     def _bias(self) -> torch.Tensor | None:
         biases = [member.bias for member in self.members]
@@ -248,7 +268,7 @@ def stack(layers: Sequence[PackedLinear]) -> None:
     kinds: list[list[PackedLinear]] = []
     for layer in layers:
         layer.stack.release()
-        kin = next((kind for kind in kinds if can_stack(kind[0], layer)), None)
+        kin = next((kind for kind in kinds if all(can_stack(other, layer) for other in kind)), None)
         if kin is None:
             kinds.append([layer])
         else:
@@ -266,7 +286,8 @@ def can_stack(one: PackedLinear, other: PackedLinear) -> bool:
         for layer in (one, other)
     ]
     pairs = [(one.inverse_smoothing, other.inverse_smoothing), (one.smoothing_rows, other.smoothing_rows)]
-    return same[0] == same[1] and all(_equal(a, b) for a, b in pairs)
+    coded = {m in layer.coded_modalities for layer in (one, other) for m in layer.correction_modalities}
+    return same[0] == same[1] and len(coded) <= 1 and all(_equal(a, b) for a, b in pairs)
 
 
 def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:

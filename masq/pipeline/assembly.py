@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from masq.compensation.low_rank import fit_low_rank, resolve_rank, scaled_covariance
+from masq.compensation.low_rank import captured_share, fit_low_rank, resolve_rank, scaled_covariance
 from masq.errors import NumericalError
 from masq.models.base import GROUPS, Modality, Role
 from masq.modules.quant_linear import QuantLinear
 from masq.numerics.linalg import Whitener, whitener
+from masq.numerics.low_rank import Factors, store
 from masq.numerics.scheme import GROUP_ROLES
 from masq.rounding.stages import ROUNDING, Rounded, pooled_moment
 from masq.transforms.config import MbqSmoothing, NoRotation, NoSmoothing, SearchedSmoothing
@@ -260,9 +262,9 @@ def _quantize_linear(
     rounded = {m: stage(smoothed[m], fmt.weight, config, moments.get(m)) for m in stored}
     weights = {m: one.weight for m, one in rounded.items()}
     corrections, shares = _corrections(smoothed, weights[Modality.TEXT], roots, stages)
-    for left, right in corrections.values():
-        _require_finite(left, name, "correction")
-        _require_finite(right, name, "correction")
+    for tensor in itertools.chain.from_iterable(corrections.values()):
+        if tensor is not None:
+            _require_finite(tensor, name, "correction")
     layer = QuantLinear(
         weights=weights,
         bias=linear.bias,
@@ -280,19 +282,24 @@ def _corrections(
     base: QuantizedTensor,
     roots: Mapping[Modality, Whitener],
     stages: Stages,
-) -> tuple[dict[Modality, tuple[torch.Tensor, torch.Tensor]], dict[Modality, float]]:
-    """Equation 22: rank-r fit of W s_m - W_hat for every corrected modality."""
+) -> tuple[dict[Modality, Factors], dict[Modality, float]]:
+    """Equation 22: rank-r fit of W s_m - W_hat for every corrected modality, and the share of it that is captured.
+
+    That of codes is what they capture; 16 bits are as good as the fit.
+    """
     config, corrections, shares = stages.compensation, {}, {}
     if config.kind == "none" or not roots:
         return corrections, shares
     base_oi = base.dequantize(torch.float64)
     rank = resolve_rank(config, base_oi.shape[1], base_oi.shape[0])
     for modality, root in roots.items():
-        fit = fit_low_rank(smoothed[modality] - base_oi, root, rank, whiten=config.whiten)
+        residual = smoothed[modality] - base_oi
+        fit = fit_low_rank(residual, root, rank, whiten=config.whiten)
         shares[modality] = float(fit.captured)
         if rank:
-            dtype = getattr(torch, config.dtype)
-            corrections[modality] = (fit.left.to(dtype), fit.right.to(dtype))
+            corrections[modality] = store(fit.left, fit.right, getattr(torch, config.dtype))
+            if config.dtype == "int8":
+                shares[modality] = captured_share(residual, root, *corrections[modality].dense())
     return corrections, shares
 
 

@@ -7,6 +7,7 @@ import torch
 from masq.compensation.config import WhitenedLowRank
 from masq.compensation.low_rank import (
     LowRank,
+    captured_share,
     fit_low_rank,
     fit_low_rank_from_covariance,
     resolve_rank,
@@ -14,6 +15,7 @@ from masq.compensation.low_rank import (
 )
 from masq.errors import ConfigError, NumericalError
 from masq.numerics.linalg import whitener
+from masq.numerics.low_rank import encode
 
 # (input channels, output channels): odd, tall, wide, one output, and large enough for the Gram route on both sides.
 SHAPES = [(7, 5), (13, 29), (29, 13), (9, 1), (90, 141), (141, 90)]
@@ -51,6 +53,22 @@ def product(fit: LowRank) -> torch.Tensor:
 
 def middle_rank(shape: tuple[int, int]) -> int:
     return max(1, min(shape) // 3)
+
+
+@each_shape
+@pytest.mark.parametrize("whiten", [True, False])
+def test_what_any_factors_capture(shape: tuple[int, int], whiten: bool) -> None:
+    """As the fit says of its own; of codes it is no more, and nothing of zeros."""
+    rows, residual = problem(shape)
+    root = whitener(moment(rows), 1e-4)
+    fit = fit_low_rank(residual, root, middle_rank(shape), whiten=whiten)
+    assert captured_share(residual, root, fit.left, fit.right) == pytest.approx(fit.captured, rel=1e-9)
+    coded = captured_share(residual, root, *encode(fit.left, fit.right).dense())
+    if whiten:
+        assert coded < fit.captured
+    zeros = captured_share(residual, root, 0 * fit.left, fit.right)
+    assert zeros == 0
+    assert captured_share(0 * residual, root, fit.left, fit.right) == 1
 
 
 @each_shape

@@ -39,6 +39,14 @@ CELLS: dict[str, tuple[str, Scheme, dict[str, Any]]] = {
             "compensation": WhitenedLowRank(rank_ratio=0.1, dtype="float32"),
         },
     ),
+    "int8_factors": (
+        "masquant",
+        Scheme.preset("w4a8"),
+        {
+            "smoothing": LearnedModalitySmoothing(epochs=1),
+            "compensation": WhitenedLowRank(rank_ratio=0.15, dtype="int8"),
+        },
+    ),
     "quarot": ("rtn", Scheme.preset("w4a8"), {"rotation": HadamardRotation()}),
     "w4a16": ("rtn", Scheme("w4a16_g8", GROUPED, None), {}),
     "mixed": (

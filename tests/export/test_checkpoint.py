@@ -29,7 +29,9 @@ from masq.models.base import EncodedBatch
 from masq.models.config import ModelConfig
 from masq.models.loading import load as load_model
 from masq.models.qwen2_5_omni import Qwen25OmniAdapter
+from masq.models.sample import Modality
 from masq.models.zoo import nano
+from masq.modules.footprint import footprint
 from masq.modules.modality import install
 from masq.modules.packed_linear import PackedLinear, pack_blocks
 from masq.modules.quant_linear import QuantLinear
@@ -84,7 +86,7 @@ def test_the_loaded_model_is_the_one_that_was_exported(cell, name, model, kernel
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
-@pytest.mark.parametrize("name", ["rtn", "masquant", "quarot"])
+@pytest.mark.parametrize("name", ["rtn", "masquant", "int8_factors", "quarot"])
 def test_the_simulation_answers_alike(cell, name):
     """Packed and simulated linears differ by rounding of the corrections' sums at most."""
     made = cell(name)
@@ -94,7 +96,7 @@ def test_the_simulation_answers_alike(cell, name):
     )
 
 
-@pytest.mark.parametrize("name", ["run_time", "masquant", "quarot", "w4a16", "mixed"])
+@pytest.mark.parametrize("name", ["run_time", "masquant", "int8_factors", "quarot", "w4a16", "mixed"])
 def test_saved_again_it_is_the_same(cell, name, tmp_path):
     """transformers' own save_pretrained, after a kernel took the weights over, in one file and in several."""
     made = cell(name)
@@ -158,6 +160,62 @@ def test_the_layout_is_the_documented_one(cell):
         assert torch.equal(file.get_tensor(f"{name}.left_audio"), layer.left_audio)
         assert f"{name}.bias" not in file.keys()  # noqa: SIM118
         assert "lm_head.weight" in file.keys()  # noqa: SIM118
+
+
+def test_coded_factors_are_the_documented_ones(cell):
+    """Codes and scales as the docstring of masq.export.checkpoint says, in a version of their own."""
+    made = cell("int8_factors")
+    config = json.loads((made.folder / "config.json").read_text())["quantization_config"]
+    assert config["version"] == 2
+    name = "model.language_model.layers.1.mlp.up_proj"
+    entry = config["linears"][name]
+    assert (entry["factor_dtype"], entry["ranks"]) == ("int8", {"vision": 7, "audio": 7})
+    layer = made.adapter.blocks()[1].linear("up")
+    with safe_open(made.folder / "model.safetensors", framework="pt") as file:
+        left, right, scale = (file.get_tensor(f"{name}.{part}_audio") for part in ("left", "right", "factor_scale"))
+    assert (left.dtype, right.dtype, scale.dtype) == (torch.int8, torch.int8, torch.float32)
+    assert (left.shape, right.shape, scale.shape) == ((48, 7), (7, 88), (7,))
+    wanted = layer.low_rank(torch.eye(48), Modality.AUDIO)
+    found = (left * scale) @ (scale[:, None] * right)
+    assert (found - wanted).norm() <= 1e-6 * wanted.norm()
+    # Other checkpoints stay of the version that older programs read.
+    assert all(read_config(cell(other).folder)["quantization_config"]["version"] == 1 for other in ("rtn", "masquant"))
+
+
+def test_bytes_of_coded_factors(cell):
+    """In the file and in memory: a byte a code, four a component; other tensors are as many bytes as without."""
+    made = cell("int8_factors")
+    tensors, _ = read_headers(made.folder)
+    factors = {name: one for name, one in tensors.items() if "left_" in name or "right_" in name}
+    scales = {name: one for name, one in tensors.items() if "factor_scale_" in name}
+    assert {one.dtype for one in factors.values()} == {"I8"}
+    stored = sum(one.num_bytes for one in (*factors.values(), *scales.values()))
+    assert footprint(made.adapter.blocks()).adapters == 8 * stored
+    loaded = checkpoint.load(made.folder, kernel="reference")
+    logits(loaded, made.prompts)
+    stacks = {module.stack for module in loaded.modules() if isinstance(module, PackedLinear)}
+    held = [one._prepared for one in stacks]
+    in_memory = [
+        *(left for one in held for left in one.left.values()),
+        *(right for one in held for rights in one.right.values() for right in rights if right is not None),
+        *(scale for one in held for scale in one.scale.values()),
+    ]
+    assert sum(one.numel() * one.element_size() for one in in_memory) == stored
+
+
+def test_coded_factors_keep_their_scales_in_another_dtype(cell, tmp_path):
+    """Cast after loading and asked for while loading; saved and loaded again, they are the same."""
+    made = cell("int8_factors")
+    cast = checkpoint.load(made.folder).to(torch.bfloat16)
+    asked = AutoModelForImageTextToText.from_pretrained(made.folder, dtype=torch.bfloat16)
+    stored = checkpoint.load(made.folder).state_dict()
+    for number, model in enumerate((cast, asked)):
+        model.save_pretrained(tmp_path / str(number))
+        state = checkpoint.load(tmp_path / str(number)).state_dict()
+        names = [name for name in stored if name.rpartition(".")[2].startswith(("left_", "right_", "factor_scale_"))]
+        assert len(names) == 3 * 2 * 3 * 6
+        assert all(state[name].dtype == stored[name].dtype for name in names)
+        assert all(torch.equal(state[name], stored[name]) for name in names)
 
 
 def test_rotations_are_tensors_and_names(cell):

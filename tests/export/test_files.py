@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5OmniThi
 from masq.errors import MasqError, ModelError
 from masq.export import assemble, checkpoint, files
 from masq.export.describe import listing
-from masq.export.description import VERSION
+from masq.export.description import VERSIONS
 from masq.files import canonical_hash
 
 WEIGHTS = "model.safetensors"
@@ -390,12 +390,57 @@ def test_signs_and_zero_points_have_their_range(cell, tmp_path):
             checkpoint.load(tmp_path / name)
 
 
+def no_scale(tensors: dict[str, torch.Tensor], rng: random.Random) -> None:
+    del tensors[pick(tensors, rng, ".factor_scale_vision", ".factor_scale_audio")]
+
+
+def bad_scale(tensors: dict[str, torch.Tensor], rng: random.Random) -> None:
+    tensors[pick(tensors, rng, ".factor_scale_vision")][0] = rng.choice([torch.nan, torch.inf, -1.0])
+
+
+def bad_code(tensors: dict[str, torch.Tensor], rng: random.Random) -> None:
+    tensors[pick(tensors, rng, ".left_vision", ".right_audio")][0, 0] = -128
+
+
+def sixteen_bits(tensors: dict[str, torch.Tensor], rng: random.Random) -> None:
+    name = pick(tensors, rng, ".left_vision", ".right_audio")
+    tensors[name] = tensors[name].bfloat16()
+
+
+def two_scales(tensors: dict[str, torch.Tensor], rng: random.Random) -> None:
+    name = pick(tensors, rng, ".factor_scale_vision")
+    tensors[name] = tensors[name].repeat(2)
+
+
+CODED_MUTATIONS = {
+    "no scale": change_tensors(no_scale),
+    "bad scale": change_tensors(bad_scale),
+    "bad code": change_tensors(bad_code),
+    "sixteen bits": change_tensors(sixteen_bits),
+    "two scales": change_tensors(two_scales),
+    "version of others": change_config(lambda config, _: config["quantization_config"].update(version=1)),
+    "another dtype": change_config(lambda config, rng: linear_of(config, rng).update(factor_dtype="bfloat16")),
+    "a bias in codes": change_config(lambda config, rng: linear_of(config, rng).update(bias="int8")),
+}
+
+
+@pytest.mark.parametrize("name", list(CODED_MUTATIONS))
+def test_damaged_coded_factors_are_refused(cell, tmp_path, name):
+    for seed in range(4):
+        folder = tmp_path / str(seed)
+        shutil.copytree(cell("int8_factors").folder, folder)
+        assert checkpoint.check(folder).version == 2
+        CODED_MUTATIONS[name](folder, random.Random(seed))
+        with pytest.raises(MasqError):
+            checkpoint.load(folder)
+
+
 def test_a_newer_version_says_so(intact, tmp_path):
     shutil.copytree(intact, tmp_path / "copy")
-    change_config(lambda config, _: config["quantization_config"].update(version=VERSION + 1))(
+    change_config(lambda config, _: config["quantization_config"].update(version=VERSIONS[-1] + 1))(
         tmp_path / "copy", random.Random(0)
     )
-    with pytest.raises(ModelError, match="version 2.*the masq that wrote it"):
+    with pytest.raises(ModelError, match="version 3.*the masq that wrote it"):
         AutoModelForImageTextToText.from_pretrained(tmp_path / "copy")
 
 

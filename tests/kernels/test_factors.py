@@ -23,10 +23,14 @@ SIZES = [(64,), (32, 96, 17), (33,)]
 RANKS = {1: [(5,), (32,), (70,)], 3: [(40, 0, 3), (1, 32, 33)]}
 
 
-def rights(ranks: tuple[int, ...], sizes: tuple[int, ...], seed: int) -> list[torch.Tensor | None]:
+def rights(
+    ranks: tuple[int, ...], sizes: tuple[int, ...], seed: int, dtype: torch.dtype = torch.bfloat16
+) -> list[torch.Tensor | None]:
+    """Factors as they are, or codes."""
     generator = torch.Generator().manual_seed(seed)
+    scale = 40 if dtype == torch.int8 else 1
     return [
-        torch.randn(rank, size, generator=generator).bfloat16() if rank else None
+        (torch.randn(rank, size, generator=generator) * scale).clamp(-127, 127).to(dtype) if rank else None
         for rank, size in zip(ranks, sizes, strict=True)
     ]
 
@@ -36,7 +40,8 @@ def rights(ranks: tuple[int, ...], sizes: tuple[int, ...], seed: int) -> list[to
 @pytest.mark.parametrize("count", [1, 3, 17, 40, 300])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("isa", FUSING)
-def test_corrected_rows_against_float64(isa, sizes, count, bits):
+@pytest.mark.parametrize("factor_dtype", [torch.bfloat16, torch.int8])
+def test_corrected_rows_against_float64(factor_dtype, isa, sizes, count, bits):
     kernel, out = CpuKernel(isa), sum(sizes)
     x, packed = cases.rows(count, 100, torch.bfloat16), cases.weight(out, 100, TensorFormat(bits))
     bias = torch.randn(out, generator=torch.Generator().manual_seed(5))
@@ -49,7 +54,7 @@ def test_corrected_rows_against_float64(isa, sizes, count, bits):
         # Two modalities whose rows meet within a tile, and rows of neither.
         terms, wanted, magnitude = [], base.clone(), base.abs()
         for seed, rows in enumerate((order[: count // 2], order[count // 2 : count - count // 4])):
-            own = rights(ranks, sizes, seed)
+            own = rights(ranks, sizes, seed, factor_dtype)
             u = torch.randn(len(rows), sum(ranks), generator=generator).bfloat16()
             factors = kernel.prepare_factors(own, sizes, ACTIVATION)
             terms.append(LowRank(rows, u, factors))
@@ -68,15 +73,31 @@ def test_corrected_rows_against_float64(isa, sizes, count, bits):
 
 
 @needs_bf16
-def test_the_stored_factors_come_back():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_the_stored_factors_come_back(dtype):
     kernel = CpuKernel()
     for sizes in SIZES:
         for ranks in RANKS[len(sizes)]:
-            own = rights(ranks, sizes, 0)
+            own = rights(ranks, sizes, 0, dtype)
             factors = kernel.prepare_factors(own, sizes, ACTIVATION)
+            assert {tensor.dtype for tensor in factors.tensors.values()} == {dtype}
             for found, wanted in zip(kernel.restore_factors(factors), own, strict=True):
                 assert (found is None) == (wanted is None)
-                assert found is None or torch.equal(found, wanted)
+                assert found is None or (found.dtype == dtype and torch.equal(found, wanted))
+
+
+@needs_bf16
+@pytest.mark.parametrize("isa", FUSING)
+def test_codes_are_multiplied_as_the_numbers_that_they_are(isa):
+    kernel, sizes, count = CpuKernel(isa), (32, 96, 17), 40
+    held = kernel.prepare(cases.weight(sum(sizes), 100, TensorFormat(4)), ACTIVATION)
+    quantized = kernel.quantize(cases.rows(count, 100, torch.bfloat16), ACTIVATION, None)
+    codes, found = rights((40, 0, 3), sizes, 0, torch.int8), []
+    u = torch.randn(count, 43, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for own in (codes, [None if one is None else one.bfloat16() for one in codes]):
+        term = LowRank(torch.arange(count), u, kernel.prepare_factors(own, sizes, ACTIVATION))
+        found.append(kernel.gemm(quantized, held, bias=None, addend=None, dtype=torch.bfloat16, low_rank=[term]))
+    assert torch.equal(*found)
 
 
 def test_what_is_not_fused():
@@ -85,6 +106,7 @@ def test_what_is_not_fused():
     assert kernel.prepare_factors(own, sizes, None) is None
     assert kernel.prepare_factors([None, None], sizes, ACTIVATION) is None
     assert kernel.prepare_factors([own[0].float(), own[1]], sizes, ACTIVATION) is None
+    assert kernel.prepare_factors([own[0].char(), own[1]], sizes, ACTIVATION) is None
     assert kernel.prepare_factors(rights((4, 4), (33, 32), 0), (33, 32), ACTIVATION) is None
     if BEST >= 2:
         assert CpuKernel("avx512_vnni").prepare_factors(own, sizes, ACTIVATION) is None

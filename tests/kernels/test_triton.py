@@ -92,13 +92,13 @@ def test_integers_do_not_depend_on_the_other_rows(triton_device):
         assert torch.equal(run(triton_device, x[part].contiguous(), packed, ACTIVATION, smooth=some), whole[part])
 
 
-def corrections(sizes, ranks, count, seed):
-    """Two modalities whose rows meet within a tile, and rows of neither."""
-    generator = torch.Generator().manual_seed(seed)
+def corrections(sizes, ranks, count, seed, dtype=torch.bfloat16):
+    """Two modalities whose rows meet within a tile, and rows of neither; factors as they are, or codes."""
+    generator, scale = torch.Generator().manual_seed(seed), 40 if dtype == torch.int8 else 1
     order = torch.randperm(count, generator=generator)
     for rows in (order[: count // 2], order[count // 2 : count - count // 4]):
         rights = [
-            torch.randn(rank, size, generator=generator).bfloat16() if rank else None
+            (torch.randn(rank, size, generator=generator) * scale).clamp(-127, 127).to(dtype) if rank else None
             for rank, size in zip(ranks, sizes, strict=True)
         ]
         yield rows, torch.randn(len(rows), sum(ranks), generator=generator).bfloat16(), rights
@@ -106,8 +106,8 @@ def corrections(sizes, ranks, count, seed):
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("count", [1, 3, 40, 300])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_corrected_rows_against_float64(triton_device, sizes, count, bits):
+@pytest.mark.parametrize(("bits", "factor_dtype"), [(4, torch.bfloat16), (8, torch.bfloat16), (4, torch.int8)])
+def test_corrected_rows_against_float64(triton_device, sizes, count, bits, factor_dtype):
     out = sum(sizes)
     x, packed = cases.rows(count, 100, torch.bfloat16), cases.weight(out, 100, TensorFormat(bits))
     bias = torch.randn(out, generator=torch.Generator().manual_seed(5))
@@ -118,7 +118,7 @@ def test_corrected_rows_against_float64(triton_device, sizes, count, bits):
     for ranks in RANKS[len(sizes)]:
         terms, wanted, magnitude = [], base.double(), base.double().abs() + bias.abs()
         neither = torch.ones(count, dtype=torch.bool)
-        for rows, u, rights in corrections(sizes, ranks, count, 6):
+        for rows, u, rights in corrections(sizes, ranks, count, 6, factor_dtype):
             on_device = [None if right is None else right.to(triton_device) for right in rights]
             factors = KERNEL.prepare_factors(on_device, sizes, ACTIVATION)
             terms.append(LowRank(rows.to(triton_device), u.to(triton_device), factors))
@@ -176,16 +176,19 @@ def test_the_stored_weight_comes_back(bits, size):
     assert prepared.num_bytes == size[0] * (blocks * (64 if bits <= 4 else 128) + 4)
 
 
-def test_the_stored_factors_come_back():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_the_stored_factors_come_back(dtype):
     for sizes in SIZES:
         for ranks in RANKS[len(sizes)]:
-            for _, _, rights in corrections(sizes, ranks, 4, 0):
+            for _, _, rights in corrections(sizes, ranks, 4, 0, dtype):
                 factors = KERNEL.prepare_factors(rights, sizes, ACTIVATION)
+                assert factors.tensors["right"].dtype == dtype
                 for found, wanted in zip(KERNEL.restore_factors(factors), rights, strict=True):
                     assert (found is None) == (wanted is None)
-                    assert found is None or torch.equal(found, wanted)
+                    assert found is None or (found.dtype == dtype and torch.equal(found, wanted))
     assert KERNEL.prepare_factors([torch.ones(3, 4)], [4], ACTIVATION) is None
     assert KERNEL.prepare_factors([None, None], [4, 4], ACTIVATION) is None
+    assert KERNEL.prepare_factors([torch.ones(3, 4).bfloat16(), torch.ones(3, 4).char()], [4, 4], ACTIVATION) is None
     assert KERNEL.prepare_factors([torch.ones(3, 4).bfloat16()], [4], None) is None
 
 

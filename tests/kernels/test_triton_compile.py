@@ -31,17 +31,17 @@ MAX_ROWS = 4096
 
 
 def lines() -> list:
-    """Every line of every table, with corrections and without; by default the first and the last of each."""
+    """Every line of every table, with corrections, coded ones and none; by default the first and the last."""
     found = []
     for capability in CAPABILITIES:
         for four in (False, True):
             tiles = tiles_of(capability, four)
             for tile in tiles:
-                for corrected in (False, True):
-                    usual = (tile is tiles[0] and not corrected) or tile is tiles[-1]
-                    name = f"{capability}-w{4 if four else 8}-{tile.max_rows}-{'corrected' if corrected else 'plain'}"
+                for factors, kind in ((None, "plain"), (torch.bfloat16, "corrected"), (torch.int8, "coded")):
+                    usual = (tile is tiles[0] and factors is None) or tile is tiles[-1]
+                    name = f"{capability}-w{4 if four else 8}-{tile.max_rows}-{kind}"
                     marks = [] if usual else [pytest.mark.slow]
-                    found.append(pytest.param(capability, four, tile, corrected, id=name, marks=marks))
+                    found.append(pytest.param(capability, four, tile, factors, id=name, marks=marks))
     return found
 
 
@@ -50,9 +50,11 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def product(capability: int, four: bool, num_rows: int, corrected: bool, num_outputs: int = OUTPUTS) -> list[Compiled]:
+def product(
+    capability: int, four: bool, num_rows: int, factors: torch.dtype | None, num_outputs: int = OUTPUTS
+) -> list[Compiled]:
     """All kernels of one product of bfloat16 rows, two modalities being corrected in three parts, or none."""
-    bfloat16, times = torch.bfloat16, 2 if corrected else 0
+    bfloat16, times = torch.bfloat16, 0 if factors is None else 2
     weight = torch.empty(num_outputs, INNER // 2 if four else INNER, dtype=torch.uint8 if four else torch.int8)
     with for_gpu(capability) as made:
         ops.multiply_codes(
@@ -60,7 +62,7 @@ def product(capability: int, four: bool, num_rows: int, corrected: bool, num_out
             *(weight, torch.empty(num_outputs), torch.empty(num_outputs), None, None),
             times * [torch.empty(9, 3 * RANK, dtype=bfloat16)],
             times * [torch.empty(num_rows, dtype=torch.int32)],
-            times * [torch.empty(num_outputs, 80, dtype=bfloat16)],
+            times * [torch.empty(num_outputs, 80, dtype=factors)],
             times * [torch.empty(3, 4, dtype=torch.int32)],
             *(four, bfloat16),
         )
@@ -73,9 +75,9 @@ def check_limits(compiled: Compiled, capability: int) -> None:
     assert compiled.shared <= SHARED_MEMORY[capability]
 
 
-@pytest.mark.parametrize(("capability", "four", "tile", "corrected"), lines())
-def test_a_product(capability: int, four: bool, tile: Tile, corrected: bool, record_property):
-    found = product(capability, four, tile.max_rows or MAX_ROWS, corrected)
+@pytest.mark.parametrize(("capability", "four", "tile", "factors"), lines())
+def test_a_product(capability: int, four: bool, tile: Tile, factors: torch.dtype | None, record_property):
+    found = product(capability, four, tile.max_rows or MAX_ROWS, factors)
     (compiled,) = (one for one in found if one.name == "multiply")
     record_property("compiled", f"{compiled.registers} registers, {compiled.shared} bytes")
     check_limits(compiled, capability)
@@ -83,19 +85,19 @@ def test_a_product(capability: int, four: bool, tile: Tile, corrected: bool, rec
     integer = [line for line in compiled.ptx.splitlines() if instruction in line and ".s32.s8.s8" in line]
     floats = [line for line in compiled.ptx.splitlines() if "mma" in line and ".bf16.bf16" in line]
     assert integer
-    assert bool(floats) == corrected
+    assert bool(floats) == (factors is not None)
     assert "st.shared.b8" not in compiled.ptx
     assert ("cp.async.bulk.tensor" in compiled.ptx) == tile.described
-    if not corrected:
+    if factors is None:
         # Neither unpacking nor loading ahead takes codes apart byte by byte; the epilogue packs pairs of bfloat16.
         assert compiled.sass.count("PRMT") <= 32
 
 
-@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("factors", [None, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize(("four", "num_rows"), [(True, MAX_ROWS), (False, 512)])
-def test_two_programs_share_a_processor(four, num_rows, corrected):
+def test_two_programs_share_a_processor(four, num_rows, factors):
     """So that one multiplies while the other unpacks, or adds what comes after the product."""
-    (compiled,) = product(90, four, num_rows, corrected)
+    (compiled,) = product(90, four, num_rows, factors)
     (tile,) = (
         one for one in tiles_of(90, four) if one.max_rows in (None, 512) and (one.max_registers or one.warps == 4)
     )
@@ -105,11 +107,11 @@ def test_two_programs_share_a_processor(four, num_rows, corrected):
 
 @pytest.mark.parametrize("four", [False, True])
 def test_few_rows_are_split_and_combined(four):
-    found = product(90, four, 1, corrected=False, num_outputs=3584)
+    found = product(90, four, 1, None, num_outputs=3584)
     assert [one.name for one in found] == ["multiply", "combine"]
     for compiled in found:
         check_limits(compiled, 90)
-    wide = product(90, four, 1, corrected=False)
+    wide = product(90, four, 1, None)
     assert [one.name for one in wide] == ["multiply"]
 
 

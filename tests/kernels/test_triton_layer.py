@@ -12,6 +12,7 @@ from masq.modules.modality import ModalityContext
 from masq.modules.packed_linear import PackedLinear
 from masq.modules.quant_linear import QuantLinear
 from masq.numerics.affine import quantize
+from masq.numerics.low_rank import store
 from masq.numerics.scheme import TensorFormat
 from tests.kernels import cases
 from tests.kernels.interpreting import (
@@ -70,7 +71,8 @@ def test_layers_of_operations_that_torch_checks(triton_device, launches, name):
     torch.library.opcheck(getattr(launches, name), arguments[name])
 
 
-def test_layers_that_share_an_input(triton_device, monkeypatch):
+@pytest.mark.parametrize("coded", [False, True])
+def test_layers_that_share_an_input(triton_device, monkeypatch, coded):
     """Prefill of three modalities and decoding of text, against the reference."""
     if triton_device == "cpu":
         monkeypatch.setattr(modules, "select", lambda *_: KERNEL)
@@ -79,7 +81,8 @@ def test_layers_that_share_an_input(triton_device, monkeypatch):
 
     def factors(out, rank):
         shapes = (130, rank), (rank, out)
-        return tuple((torch.randn(*shape, generator=generator) / 9).bfloat16() for shape in shapes)
+        left, right = (torch.randn(*shape, generator=generator) / 9 for shape in shapes)
+        return store(left, right, torch.int8 if coded else torch.bfloat16)
 
     for out, rank in ((64, 40), (32, 0), (17, 3)):
         weight = quantize(torch.randn(out, 130, generator=generator), TensorFormat(4))

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from masq.errors import ConfigError, MasqError
+from masq.kernels.base import PreparedFactors
 from masq.models.base import Modality
 from masq.modules.modality import ModalityContext
 from masq.modules.packed_linear import PackedLinear
 from masq.modules.quant_linear import QuantLinear
 from masq.modules.stack import can_stack, stack
 from masq.numerics.affine import quantize
+from masq.numerics.low_rank import encode
 from masq.numerics.scheme import LinearFormat, Scheme, TensorFormat
 
 TEXT, VISION, AUDIO = Modality.TEXT, Modality.VISION, Modality.AUDIO
@@ -44,6 +46,17 @@ def simulated(d_in: int, d_out: int, scheme: str, context: ModalityContext, *, s
     return QuantLinear(context=context, **{**parts, **changes})
 
 
+def coded(corrections):
+    """Corrections in int8 codes."""
+    return {modality: encode(*pair) for modality, pair in corrections.items()}
+
+
+def codes_of(d_in: int, d_out: int, rank: int = 3, *, seed: int = 0):
+    return coded(
+        {m: (rand(d_in, rank, seed=seed + 2) / 9, rand(rank, d_out, seed=seed + 3) / 9) for m in (VISION, AUDIO)}
+    )
+
+
 @pytest.fixture
 def context() -> ModalityContext:
     found = ModalityContext()
@@ -60,6 +73,76 @@ def test_equals_the_simulation_bit_for_bit(scheme, dtype, d_in, d_out, context):
     packed = PackedLinear.from_simulated(layer, "reference")
     assert torch.equal(packed(x), layer(x))
     assert packed(x).dtype == dtype
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("d_in", "d_out", "rank"), [(21, 5, 3), (48, 33, 1), (129, 1, 1)])
+def test_coded_corrections_equal_the_simulation_bit_for_bit(scheme, dtype, d_in, d_out, rank, context):
+    layer = simulated(d_in, d_out, scheme, context, dtype=dtype, corrections=codes_of(d_in, d_out, rank))
+    x = rand(*IDS.shape, d_in, seed=9).to(dtype) * 3
+    packed = PackedLinear.from_simulated(layer, "reference")
+    assert torch.equal(packed(x), layer(x))
+    # They are what the codes stand for: as good as the same factors in float32.
+    dense = {m: tuple(one.float() for one in codes.dense()) for m, codes in codes_of(d_in, d_out, rank).items()}
+    wanted = simulated(d_in, d_out, scheme, context, dtype=dtype, corrections=dense)(x).float()
+    bound = 1e-6 if dtype == torch.float32 else 8e-3
+    assert float((layer(x).float() - wanted).norm() / wanted.norm()) < bound
+
+
+@pytest.mark.parametrize(
+    ("kernel", "scheme"),
+    [("reference", "w4a8"), ("reference", "w4a16"), ("auto", "w4a8"), ("auto", "w4a16"), ("torch", "w8a8")],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stack_of_coded_corrections(kernel, scheme, dtype, context):
+    """Different ranks, and modalities that are not corrected; codes stay codes whoever holds them, and come back."""
+    vision = {VISION: codes_of(48, 32, 5, seed=50)[VISION]}
+    layers = [
+        simulated(48, 64, scheme, context, dtype=dtype, corrections=codes_of(48, 64)),
+        simulated(48, 32, scheme, context, dtype=dtype, seed=1, bias=None, corrections=vision),
+        simulated(48, 3, scheme, context, dtype=dtype, seed=2, corrections=None),
+    ]
+    packed = [PackedLinear.from_simulated(layer, kernel) for layer in layers]
+    before = [{name: tensor.clone() for name, tensor in layer.state_dict().items()} for layer in packed]
+    stack(packed)
+    assert packed[0].stack is packed[2].stack
+    x = rand(*IDS.shape, 48, seed=9)
+    for own, bound in ((dtype, 2e-6 if dtype == torch.float32 else 4e-3), (torch.float32, 2e-6)):
+        for found, wanted in zip(packed, layers, strict=True):
+            y, simulation = found(x.to(own)).float(), wanted(x.to(own)).float()
+            assert float((y - simulation).norm() / simulation.norm()) < bound
+        held = packed[0].stack._prepared
+        assert {one.dtype for one in held.left.values()} == {torch.int8}
+        for rights in held.right.values():
+            tensors = rights.tensors.values() if isinstance(rights, PreparedFactors) else rights
+            assert torch.int8 in {one.dtype for one in tensors if one is not None}
+            assert not any(one.is_floating_point() for one in tensors if one is not None)
+        for layer, plain in zip(packed, before, strict=True):
+            state = layer.state_dict()
+            assert state.keys() == plain.keys()
+            assert all(torch.equal(state[name], plain[name]) for name in plain)
+    for layer in packed:
+        layer.to(torch.bfloat16)
+    assert packed[0].factor_scale_audio.dtype == torch.float32
+    assert torch.equal(packed[0].left_audio, before[0]["left_audio"])
+
+
+def test_codes_and_sixteen_bits_are_not_stacked(context):
+    """Not even behind a layer that has neither."""
+    layers = [
+        simulated(24, 5, "w4a8", context, corrections=None),
+        simulated(24, 5, "w4a8", context),
+        simulated(24, 5, "w4a8", context, corrections=codes_of(24, 5)),
+    ]
+    packed = [PackedLinear.from_simulated(layer, "reference") for layer in layers]
+    assert not can_stack(packed[1], packed[2])
+    stack(packed)
+    assert packed[0].stack is packed[1].stack
+    assert packed[2].stack is not packed[1].stack
+    x = rand(*IDS.shape, 24)
+    for found, wanted in zip(packed, layers, strict=True):
+        torch.testing.assert_close(found(x), wanted(x), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("absent", ["bias", "smoothing", "corrections"])
@@ -209,8 +292,10 @@ def test_loaded_state_replaces_what_a_kernel_holds(kernel, context):
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a6", "w4a16"])
-def test_empty_layers_are_filled_by_name(scheme, context):
-    layer = simulated(24, 6, scheme, context, dtype=torch.bfloat16)
+@pytest.mark.parametrize("factors", [torch.float32, torch.int8])
+def test_empty_layers_are_filled_by_name(scheme, factors, context):
+    changes = {"corrections": codes_of(24, 6)} if factors == torch.int8 else {}
+    layer = simulated(24, 6, scheme, context, dtype=torch.bfloat16, **changes)
     packed = PackedLinear.from_simulated(layer, "reference")
     fmt = LinearFormat(layer.weight_format, layer.activation)
     with torch.device("meta"):
@@ -221,7 +306,7 @@ def test_empty_layers_are_filled_by_name(scheme, context):
             context=context,
             bias=torch.bfloat16,
             num_smoothing=3,
-            ranks={m: (3, torch.float32) for m in (VISION, AUDIO)},
+            ranks={m: (3, factors) for m in (VISION, AUDIO)},
             kernel="reference",
         )
     state = packed.state_dict()
@@ -268,6 +353,20 @@ def test_memory_is_what_is_stored(context):
     adapters = 2 * 4 * (128 * 3 * 2 + 3 * 96)
     assert packed[0].stack.num_bytes == codes + scales + smoothing + bias + adapters
     assert packed[0].codes is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_coded_corrections(dtype, context):
+    """A byte a code and a float32 scale a component, in a float32 model, and where a kernel multiplies them itself."""
+    layers = [simulated(128, rows, "w4a8", context, corrections=codes_of(128, rows, 32)) for rows in (64, 32)]
+    bare = [simulated(128, rows, "w4a8", context, corrections=None) for rows in (64, 32)]
+    sizes = []
+    for group in (layers, bare):
+        packed = [PackedLinear.from_simulated(layer) for layer in group]
+        stack(packed)
+        packed[0](rand(*IDS.shape, 128).to(dtype))
+        sizes.append(packed[0].stack.num_bytes)
+    assert sizes[0] - sizes[1] == 2 * (128 * 64 + 32 * 96 + 4 * 64)
 
 
 def test_refusals(context):

@@ -10,6 +10,7 @@ from masq.models.base import Modality
 from masq.modules.modality import ModalityContext
 from masq.modules.quant_linear import QuantLinear
 from masq.numerics.affine import quantize
+from masq.numerics.low_rank import encode, factors_of
 from masq.numerics.scheme import Scheme, TensorFormat
 
 TEXT, VISION, AUDIO = Modality.TEXT, Modality.VISION, Modality.AUDIO
@@ -57,8 +58,8 @@ def reference(parts, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         )
         y = weight @ quantized
         if which in (parts["corrections"] or {}) and modality > 0:
-            left, right = parts["corrections"][which]
-            y = y + a.double() @ left.double() @ right.double()
+            left, right = factors_of(parts["corrections"][which]).dense()
+            y = y + a.double() @ left @ right
         rows.append(y if parts["bias"] is None else y + parts["bias"].double())
     return torch.stack(rows).view(*ids.shape, -1)
 
@@ -69,6 +70,31 @@ def test_equals_float64_reference(scheme: str, d_in: int, d_out: int) -> None:
     layer, parts, _, x = make(d_in, d_out, scheme)
     expected = reference(parts, x, IDS)
     torch.testing.assert_close(layer(x).double(), expected, rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
+@pytest.mark.parametrize(("d_in", "d_out"), [(21, 5), (48, 33), (129, 1)])
+def test_coded_corrections_equal_float64_reference(scheme: str, d_in: int, d_out: int) -> None:
+    layer, parts, context, x = make(d_in, d_out, scheme, corrections=coded(d_in, d_out))
+    torch.testing.assert_close(layer(x).double(), reference(parts, x, IDS), rtol=2e-6, atol=2e-5)
+    rebuilt = QuantLinear.from_state(
+        layer.state_dict(),
+        weight=parts["weights"][TEXT].format,
+        activation=parts["activation"],
+        context=context,
+        dtype=torch.float32,
+    )
+    assert torch.equal(rebuilt(x), layer(x))
+    assert rebuilt.state_dict().keys() == layer.state_dict().keys()
+    y = make(d_in, d_out, scheme, corrections=coded(d_in, d_out), dtype=torch.bfloat16)[0](x.bfloat16())
+    expected = reference(parts, x.bfloat16().float(), IDS)
+    assert float((y.double() - expected).norm() / expected.norm()) < 8e-3
+
+
+def coded(d_in: int, d_out: int):
+    generator = torch.Generator().manual_seed(4)
+    sizes = (d_in, 3), (3, d_out)
+    return {m: encode(*(torch.randn(size, generator=generator) / 9 for size in sizes)) for m in (VISION, AUDIO)}
 
 
 @pytest.mark.parametrize("absent", ["bias", "smoothing", "corrections"])

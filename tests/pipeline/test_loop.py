@@ -332,6 +332,37 @@ def test_corrections_are_stored_in_16_bits_whatever_the_model_is(tmp_path: Path)
     assert outputs[0] == pytest.approx(outputs[1], abs=0.2)
 
 
+def test_coded_corrections_are_nearly_as_good_for_half_the_bits(tmp_path: Path) -> None:
+    """Counted by the byte; the record says what codes capture; a finished walk gives the same layers back."""
+    found, notes, adapters = {}, {}, {}
+    for dtype in ("bfloat16", "int8"):
+        nano = make_nano()
+        changes = {"compensation": WhitenedLowRank(rank_ratio=0.3, dtype=dtype)}
+        report = quantize(nano, tmp_path / dtype, "qera", **changes)
+        found[dtype], notes[dtype] = state(nano), report.blocks
+        adapters[dtype] = footprint(nano.adapter.blocks()).adapters
+        layer = nano.adapter.blocks()[0].linear(Role.QUERY)
+        assert layer.left_vision.dtype == layer.right_audio.dtype == getattr(torch, dtype)
+        again = make_nano()
+        quantize(again, tmp_path / dtype, "qera", **changes)
+        assert same(state(again), found[dtype])
+    scales = [name for name in found["int8"] if ".factor_scale_" in name]
+    assert scales
+    assert not [name for name in found["bfloat16"] if ".factor_scale_" in name]
+    assert adapters["int8"] == adapters["bfloat16"] // 2 + 32 * sum(found["int8"][name].numel() for name in scales)
+    for modality in ("vision", "audio"):
+        sixteen, eight = (notes[dtype][0]["captured"][modality] for dtype in ("bfloat16", "int8"))
+        assert 0 < sixteen - eight < 0.02
+        sqnr = [notes[dtype][0]["sqnr"][modality] for dtype in ("bfloat16", "int8")]
+        assert sqnr[0] == pytest.approx(sqnr[1], abs=0.3)
+
+
+def test_rank_zero_has_no_codes(tmp_path: Path) -> None:
+    nano = make_nano()
+    quantize(nano, tmp_path, "qera", compensation=WhitenedLowRank(rank_ratio=None, rank=0, dtype="int8"))
+    assert footprint(nano.adapter.blocks()).adapters == 0
+
+
 def test_gptq_lowers_its_error_and_the_chain_s(tmp_path: Path) -> None:
     """At 3-bit weights alone, on calibration tokens: less error in every block than rounding to nearest."""
     scheme = Scheme("w3", TensorFormat(3), None)

@@ -154,8 +154,9 @@ def _corrected(  # noqa: PLR0913
 ):
     """A tile plus U L2 of one modality, part by part; one without a row of the modality does not touch its factors.
 
-    ``term``: u [n, width]; places int32 [M], the row of u that corrects a row, -1 for none; width; L2^T [N, depth];
-    depth; parts int32 [NUM_PARTS, 4], first output, end, first column of U and rank of each part.
+    ``term``: u [n, width]; places int32 [M], the row of u that corrects a row, -1 for none; width; L2^T [N, depth], or
+    its codes, which are exact in the dtype of u; depth; parts int32 [NUM_PARTS, 4], first output, end, first column of
+    U and rank of each part.
     """
     u, places, width, right, depth, parts = term
     place = tl.load(places + row, mask=there_m, other=-1)
@@ -173,7 +174,7 @@ def _corrected(  # noqa: PLR0913
                     b = tl.load(u + (u_at + (column + start)), mask=(place >= 0)[None, :] & here[:, None], other=0.0)
                     if INTERPRETED:
                         a, b = a.to(tl.float32), b.to(tl.float32)
-                    y = tl.dot(a, b, y)
+                    y = tl.dot(a.to(b.dtype), b, y)
     return y
 
 

@@ -84,7 +84,7 @@ class TritonKernel(Kernel):
     def prepare_factors(
         self, rights: Sequence[torch.Tensor | None], sizes: Sequence[int], activation: TensorFormat | None
     ) -> PreparedFactors | None:
-        """See ``Kernel.prepare_factors``: factors in bfloat16."""
+        """See ``Kernel.prepare_factors``: factors in bfloat16, or their codes."""
         return None if activation is None else layout.prepare_factors(rights, sizes)
 
     def restore_factors(self, factors: PreparedFactors) -> list[torch.Tensor | None]:

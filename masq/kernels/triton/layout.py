@@ -62,13 +62,14 @@ def _unpack_blocks(packed: torch.Tensor) -> torch.Tensor:
 
 
 def prepare_factors(rights: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> PreparedFactors | None:
-    """L2 of all parts in one matrix, None where they are of another dtype than bfloat16.
+    """L2 of all parts in one matrix, None where they are neither all bfloat16 nor all int8.
 
-    ``right``: bfloat16 [sum of O_j, D], the ranks of an output side by side, zero from its rank on, D the largest rank
-    rounded up to ``RANKS``. ``parts``: int32 [parts, 4], first output, end, first column of U and rank of each.
+    ``right``: bfloat16 or int8 [sum of O_j, D], the ranks of an output side by side, zero from its rank on, D the
+    largest rank rounded up to ``RANKS``. ``parts``: int32 [parts, 4], first output, end, first column of U and rank of
+    each.
     """
     there = [right for right in rights if right is not None]
-    if not there or any(right.dtype != torch.bfloat16 for right in there):
+    if not there or {right.dtype for right in there} not in ({torch.bfloat16}, {torch.int8}):
         return None
     ranks = tuple(0 if right is None else len(right) for right in rights)
     depth = -(-max(ranks) // RANKS) * RANKS
