@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from masq.errors import BusyError, DataError, OutputError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+SCRATCH = "scratch-"
+"""How the names of folders begin that hold nothing worth keeping once the process that made them is gone."""
 _CHUNK_BYTES = 1 << 20
 
 
@@ -175,6 +178,12 @@ def require_writable_folder(path: Path | str) -> Path:
             remedy="choose another with output.root=FOLDER",
         ) from error
     return folder
+
+
+def clear_scratch(folder: Path | str) -> None:
+    """Remove the working folders in ``folder``, those of killed processes included."""
+    for path in Path(folder).glob(f"{SCRATCH}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _expand(path: Path) -> list[Path]:

@@ -29,6 +29,7 @@ def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
             group.pop(key, None)
     if plain["execution"] == "simulated" or config.method.is_float:
         del plain["execution"], plain["kernel"]
+    del plain["model"]["weights"]
     del plain["calibration"]["cache"], plain["evaluation"]["keep_float"], plain["evaluation"]["records"]
     return plain
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from masq.artifacts import Artifacts
 from masq.config import RunConfig, active_modalities, check_sizes, decode, notes, to_dict
 from masq.errors import DataError
-from masq.files import atomic_write_bytes, exclusive, require_writable_folder
+from masq.files import atomic_write_bytes, clear_scratch, exclusive, require_writable_folder
 from masq.identity import identity, run_folder
 from masq.inputs import load_data
 from masq.report.memory import peak_memory, reset_peak_memory
@@ -74,6 +74,7 @@ def _run(
 ) -> RunRecord:
     """Work on a cell that no other process works on."""
     folder = run_folder(config, key)
+    clear_scratch(folder)
     _set_threads(config.threads)
     made_by = provenance(config.seed, hashes, device=config.model.device)
     made_by["earlier_sessions"] = sessions(folder)
@@ -94,6 +95,7 @@ def _run(
             _LOG.error("%s failed: %s", folder.name, error)
             raise
         finally:
+            clear_scratch(folder)
             if record.status != "running":
                 write_record(record, folder / "record.json")
                 if shown is not None:
@@ -113,13 +115,13 @@ def _fill(
     # Only the active modalities exist for this run: a dual run of a tri-modal model never looks at audio.
     model = replace(config.model, modalities=active_modalities(config))
     with _timed(record, "load"):
-        adapter = load(model)
+        adapter = load(model, folder)
         context, handle = install(adapter)
     if not config.method.is_float:
         _quantize(record, config, adapter, context, data["calibration"], hashes, folder)
         if config.execution == "packed":
             with _timed(record, "pack"):
-                record.provenance["kernels"] = pack_blocks(adapter.blocks(), config.kernel)
+                record.provenance["kernels"] = pack_blocks(adapter.visited_blocks("stay"), config.kernel)
     record.effective_bits = footprint(adapter.blocks()).to_dict()
     if config.evaluation.score or config.evaluation.benchmarks:
         with _timed(record, "evaluate"):
@@ -127,7 +129,7 @@ def _fill(
     if data["evaluation"]:
         with _timed(record, "fidelity"):
             kept = Artifacts(config, hashes, record).float_outputs()
-            record.fidelity = _fidelity(config, load(model), adapter, data["evaluation"], folder, kept)
+            record.fidelity = _fidelity(config, load(model, folder), adapter, data["evaluation"], folder, kept)
     handle.remove()
     record.peak_memory_bytes = peak_memory(config.model.device)
 
@@ -234,12 +236,13 @@ def load_finished(folder: Path, device: str | None = None) -> ModelAdapter:
             remedy="give the folder that masq run named: <output.root>/<model>-<modality>-<scheme>-<method>-<identity>",
         )
     config = decode(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-    adapter = load(replace(config.model, modalities=active_modalities(config), device=device or config.model.device))
+    model = replace(config.model, modalities=active_modalities(config), device=device or config.model.device)
+    adapter = load(model, folder)
     context, _ = install(adapter)
     if not config.method.is_float:
         restore(adapter, _stages(config), context, BlockStore(folder / "blocks"))
         if config.execution == "packed":
-            pack_blocks(adapter.blocks(), config.kernel)
+            pack_blocks(adapter.visited_blocks("stay"), config.kernel)
     return adapter
 
 

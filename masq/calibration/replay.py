@@ -18,11 +18,12 @@ from masq.models.base import GROUPS, Modality, Role
 from masq.numerics.finite import is_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from torch import nn
 
     from masq.models.base import BlockAdapter, EncodedBatch, ModelAdapter
+    from masq.models.tensor_files import Collected
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,13 @@ class BlockData:
         hidden: inputs [B, T, d], of the quantized chain when a block is to see the errors before it.
         targets: float-chain outputs [B, T, d].
         batches: what else the block needs.
+        collect: makes an empty list for outputs of all batches.
     """
 
     hidden: Sequence[torch.Tensor]
     targets: Sequence[torch.Tensor]
     batches: Sequence[ReplayBatch]
+    collect: Callable[[], Collected] = list
 
 
 class _FirstBlockReachedError(Exception):
@@ -61,7 +64,7 @@ class _AllSeenError(Exception):
     """Ends a block's forward pass once every wanted input was seen."""
 
 
-def capture(adapter: ModelAdapter, batches: Sequence[EncodedBatch]) -> tuple[list[torch.Tensor], list[ReplayBatch]]:
+def capture(adapter: ModelAdapter, batches: Sequence[EncodedBatch]) -> tuple[Collected, list[ReplayBatch]]:
     """Run towers and embeddings on every batch.
 
     Args:
@@ -71,7 +74,7 @@ def capture(adapter: ModelAdapter, batches: Sequence[EncodedBatch]) -> tuple[lis
     Returns:
         The input [B, T, d] of the first decoder block by batch, and what else the blocks need.
     """
-    hidden: list[torch.Tensor] = []
+    hidden = adapter.residence.collected()
     replay: list[ReplayBatch] = []
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -81,7 +84,7 @@ def capture(adapter: ModelAdapter, batches: Sequence[EncodedBatch]) -> tuple[lis
         replay.append(ReplayBatch({**rest, "use_cache": False}, batch.modality))
         raise _FirstBlockReachedError
 
-    handle = adapter.blocks()[0].module.register_forward_pre_hook(keep, with_kwargs=True)
+    handle = adapter.blocks()[0].module.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
     try:
         for batch in batches:
             with torch.no_grad():

@@ -46,7 +46,7 @@ def gradient_sums(adapter: ModelAdapter, batch: EncodedBatch) -> tuple[torch.Ten
         NumericalError: an output or a gradient is NaN or infinite.
     """
     hidden, replay = capture(adapter, [batch])
-    blocks, states = adapter.blocks(), hidden
+    blocks, states = adapter.blocks(), list(hidden)
     for index, block in enumerate(blocks):
         states.append(advance(block, states[-1], replay[0], f"block {index}"))
     rows_by = {which: batch.modality == which for which in _MODALITIES}

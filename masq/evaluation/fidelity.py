@@ -120,7 +120,7 @@ def _compare(
         tokens = token_sqnr(expected, quantized.in_own_basis(output)).cpu()
         sqnr.append(torch.stack([tokens.where(mask, 0.0).sum(1) for mask in groups.values()]))
 
-    on_device = batch.to(quantized.model.device)
+    on_device = batch.to(quantized.device)
     with block_outputs(quantized, measure):
         rows_quantized = head_inputs(quantized, on_device)
     likelihoods = _likelihoods(reference, quantized, batch, known.rows, rows_quantized)

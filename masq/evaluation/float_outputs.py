@@ -65,7 +65,7 @@ class FloatOutputs:
             computed = self._compute(batch)
             save_tensors(path, {"rows": computed.rows, **_numbered(computed.blocks)}, {})
             return computed
-        tensors = {name: tensor.to(self.model.model.device) for name, tensor in found[0].items()}
+        tensors = {name: tensor.to(self.model.device) for name, tensor in found[0].items()}
         rows = tensors.pop("rows")
         return FloatBatch([tensors[name] for name in sorted(tensors)], rows)
 

@@ -102,7 +102,7 @@ class MasqLmms(lmms):
     @property
     def device(self) -> Any:
         """Where the model is."""
-        return self.adapter.model.device
+        return self.adapter.device
 
     def clean(self) -> None:
         """Keep the model: the harness empties its own after the last request, this one goes on."""

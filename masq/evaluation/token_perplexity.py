@@ -121,7 +121,7 @@ def _compute(adapter: ModelAdapter, batch: Sequence[Window]) -> list[dict[str, A
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     scored = torch.ones_like(ids, dtype=torch.bool)
     scored[:, 0] = False
-    encoded = EncodedBatch(inputs, adapter.modality_of(inputs), scored).to(adapter.model.device)
+    encoded = EncodedBatch(inputs, adapter.modality_of(inputs), scored).to(adapter.device)
     owners, targets = predicting_rows(encoded)
     rows = head_inputs(adapter, encoded)
     chunks = zip(log_probabilities(adapter, rows), targets.split(ROWS_PER_CHUNK), strict=True)

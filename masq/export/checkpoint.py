@@ -69,11 +69,11 @@ from safetensors import safe_open
 from masq import __version__
 from masq.errors import ModelError, OutputError
 from masq.export import files
-from masq.export.describe import describe, listing, plain_state
+from masq.export.describe import describe, portion_state, stored_names
 from masq.export.description import Description
+from masq.export.shards import write_portions
 from masq.kernels import AUTO
 from masq.models.base import GROUPS
-from masq.models.checkpoint import INDEX
 from masq.modules.packed_linear import PackedLinear
 from masq.numerics.low_rank import QMAX
 
@@ -113,15 +113,20 @@ def save(
         made_by={"masq": __version__, **made_by},
     )
     with new_folder(folder) as temporary:
-        state = plain_state(adapter.model)
-        found = listing(state)
+        model, tied = adapter.model, getattr(adapter.model, "all_tied_weights_keys", {})
+        found = write_portions(
+            (portion_state(name, part, tied) for name, part in adapter.residence.portions(model)),
+            temporary,
+            stored_names(model, description),
+            max_shard_bytes,
+            lambda found: {files.LISTING: files.listing_text(found)},
+        )
         config = model_config(adapter)
         description = description.sealed(files.tensors_digest(found), files.config_digest(json_of(config)))
         config.quantization_config = description.to_dict()
         config.save_pretrained(temporary)
         adapter.model.generation_config.save_pretrained(temporary)
         save_processor(adapter, temporary)
-        write_weights(state, temporary, {files.LISTING: files.listing_text(found)}, max_shard_bytes)
     return description
 
 
@@ -238,7 +243,7 @@ def _settle(folder: Path) -> None:
 def model_config(adapter: ModelAdapter) -> Any:
     """A copy of the model's configuration as a checkpoint needs it."""
     config = copy.deepcopy(adapter.model.config)
-    config.dtype = str(adapter.model.dtype).removeprefix("torch.")
+    config.dtype = str(adapter.embeddings().weight.dtype).removeprefix("torch.")
     config.architectures = [type(adapter.model).__name__]
     return config
 
@@ -255,25 +260,6 @@ def save_processor(adapter: ModelAdapter, folder: Path) -> None:
         if pixels is not None:
             processor.image_processor.size[edge] = pixels
     processor.save_pretrained(folder)
-
-
-def write_weights(
-    state: Mapping[str, torch.Tensor], folder: Path, metadata: Mapping[str, str], max_shard_bytes: int
-) -> None:
-    """Write tensors as one safetensors file, or as several with an index where they are too large for one."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
-    from masq.files import atomic_write_json
-
-    split = split_torch_state_dict_into_shards(
-        dict(state), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
-    )
-    for name, members in split.filename_to_tensors.items():
-        shard = {member: state[member].detach().cpu().contiguous() for member in members}
-        save_file(shard, folder / name, metadata={"format": "pt", **metadata})
-    if split.is_sharded:
-        atomic_write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
 def _groups(adapter: ModelAdapter) -> dict[torch.nn.Module, int]:

@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from masq.errors import ModelError
-from masq.export.checkpoint import MAX_SHARD_BYTES, model_config, new_folder, save_processor, write_weights
+from masq.export.checkpoint import MAX_SHARD_BYTES, model_config, new_folder, save_processor
+from masq.export.shards import write_portions
 from masq.models.rotated import RotatedInput
 from masq.modules.packed_linear import PackedLinear
 from masq.modules.quant_linear import QuantLinear
@@ -33,13 +34,14 @@ from masq.numerics.packing import PackedWeight, unpack
 from masq.numerics.scheme import LinearFormat, TensorFormat
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
     from pathlib import Path
 
     from masq.models.base import ModelAdapter
 
 _PER_WORD = 8
 """Codes of four bits in an int32."""
+_SUFFIXES = ("weight", "bias", "weight_scale", "weight_packed", "weight_shape", "weight_zero_point")
 _REMEDY = "export it with --format masq"
 
 
@@ -61,19 +63,21 @@ def save(
     layers = _quantized(adapter.model)
     fmt = _common_format(layers)
     with new_folder(folder) as temporary:
-        state = adapter.model.state_dict()
-        for name, layer in layers.items():
-            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
-            state |= {f"{name}.{key}": value for key, value in _tensors(layer, adapter.model.dtype).items()}
-        for tied in getattr(adapter.model, "all_tied_weights_keys", {}):
-            state.pop(tied, None)
+        model = adapter.model
+        dtype, tied = adapter.embeddings().weight.dtype, getattr(model, "all_tied_weights_keys", {})
+        write_portions(
+            (_state(name, part, dtype, tied) for name, part in adapter.residence.portions(model)),
+            temporary,
+            [*model.state_dict(), *(f"{name}.{suffix}" for name in layers for suffix in _SUFFIXES)],
+            max_shard_bytes,
+            lambda _listing: {},
+        )
         config = model_config(adapter)
         config.quantization_config = quantization_config(fmt, _float_linears(adapter.model))
         config.masq_made_by = dict(made_by)
         config.save_pretrained(temporary)
         adapter.model.generation_config.save_pretrained(temporary)
         save_processor(adapter, temporary)
-        write_weights(state, temporary, {}, max_shard_bytes)
 
 
 def quantization_config(fmt: LinearFormat, ignored: list[str]) -> dict[str, Any]:
@@ -121,21 +125,31 @@ def pack_words(codes: torch.Tensor) -> torch.Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
-def _quantized(model: nn.Module) -> dict[str, PackedLinear]:
-    """Quantized linears by name, packed, once the format can say all that they do."""
-    found: dict[str, PackedLinear] = {}
+def _state(name: str, part: nn.Module, dtype: torch.dtype, tied: Container[str]) -> dict[str, torch.Tensor]:
+    """Tensors of the part ``name`` of a model as they are stored."""
+    state = part.state_dict(prefix=f"{name}." if name else "")
+    for inner, module in part.named_modules(prefix=name):
+        if isinstance(module, QuantLinear | PackedLinear):
+            layer = PackedLinear.from_simulated(module) if isinstance(module, QuantLinear) else module
+            state = {key: value for key, value in state.items() if not key.startswith(f"{inner}.")}
+            state |= {f"{inner}.{key}": value for key, value in _tensors(layer, dtype).items()}
+    return {key: value for key, value in state.items() if key not in tied}
+
+
+def _quantized(model: nn.Module) -> dict[str, QuantLinear | PackedLinear]:
+    """Quantized linears by name, once the format can say all that they do."""
+    found: dict[str, QuantLinear | PackedLinear] = {}
     for name, module in model.named_modules():
         if isinstance(module, RotatedInput):
             raise _unsaid("an input rotated at run time", name, "use method.rotation.down=false")
         if isinstance(module, QuantLinear | PackedLinear):
             if isinstance(module, QuantLinear) and len(module.weight_modalities) > 1:
                 raise _unsaid("a weight per modality", name, "use a method with rounding.per_modality=false")
-            layer = PackedLinear.from_simulated(module) if isinstance(module, QuantLinear) else module
-            if layer.inverse_smoothing is not None:
+            if module.inverse_smoothing is not None:
                 raise _unsaid("smoothing at run time", name, f"fold it (method.smoothing.fold=true), or {_REMEDY}")
-            if layer.correction_modalities:
+            if module.correction_modalities:
                 raise _unsaid("a low-rank correction", name, _REMEDY)
-            found[name] = layer
+            found[name] = module
     if not found:
         raise ModelError("an export is of a quantized model", value="every linear is in float")
     return found
@@ -145,7 +159,7 @@ def _unsaid(what: str, name: str, remedy: str) -> ModelError:
     return ModelError(f"compressed-tensors has no {what}", value=name, remedy=remedy)
 
 
-def _common_format(layers: Mapping[str, PackedLinear]) -> LinearFormat:
+def _common_format(layers: Mapping[str, QuantLinear | PackedLinear]) -> LinearFormat:
     formats = {LinearFormat(layer.weight_format, layer.activation) for layer in layers.values()}
     if len(formats) > 1:
         raise ModelError(

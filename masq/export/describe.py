@@ -15,13 +15,13 @@ from masq.modules.quant_linear import QuantLinear
 from masq.numerics.scheme import LinearFormat
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
 
     from torch import nn
 
     from masq.models.base import Modality
 
-_FROM_TORCH = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -82,22 +82,40 @@ def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         ModelError: a linear has one weight per modality.
     """
-    state = model.state_dict()
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
-            state |= {f"{name}.{key}": value for key, value in PackedLinear.from_simulated(module).state_dict().items()}
-        elif isinstance(module, RotatedInput):
-            state[f"{name}.signs"] = module.signs.float()
-    for tied in getattr(model, "all_tied_weights_keys", {}):
-        state.pop(tied, None)
-    return state
+    return portion_state("", model, getattr(model, "all_tied_weights_keys", {}))
+
+
+def portion_state(name: str, module: nn.Module, tied: Container[str]) -> dict[str, torch.Tensor]:
+    """``plain_state`` of the part ``name`` of a model.
+
+    Args:
+        name: of the part, empty for the model itself.
+        module: the part.
+        tied: names of tensors that are stored elsewhere.
+
+    Raises:
+        ModelError: a linear has one weight per modality.
+    """
+    start = f"{name}." if name else ""
+    state = module.state_dict(prefix=start)
+    for inner, one in module.named_modules(prefix=name):
+        if isinstance(one, QuantLinear):
+            state = {key: value for key, value in state.items() if not key.startswith(f"{inner}.")}
+            state |= {f"{inner}.{key}": value for key, value in PackedLinear.from_simulated(one).state_dict().items()}
+        elif isinstance(one, RotatedInput):
+            state[f"{inner}.signs"] = one.signs.float()
+    return {key: value for key, value in state.items() if key not in tied}
+
+
+def stored_names(model: nn.Module, description: Description) -> list[str]:
+    """Names of all tensors of the checkpoint, and maybe some of quantized linears that are stored otherwise."""
+    return [*model.state_dict(), *description.tensors()]
 
 
 def listing(state: Mapping[str, torch.Tensor]) -> dict[str, list[Any]]:
     """[dtype, shape, SHA-256 of the bytes] of every tensor, by name."""
     return {
-        name: [_FROM_TORCH[tensor.dtype], list(tensor.shape), tensor_digest(tensor)] for name, tensor in state.items()
+        name: [DTYPE_NAMES[tensor.dtype], list(tensor.shape), tensor_digest(tensor)] for name, tensor in state.items()
     }
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from masq.errors import ModelError
+from masq.models.residence import Residence
 from masq.models.sample import Modality as Modality
 from masq.models.sample import Sample as Sample
 from masq.models.tokens import TokenModalities
@@ -23,11 +24,12 @@ from masq.numerics.hadamard import rotate_back
 from masq.numerics.scheme import GROUP_ROLES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import nn
 
     from masq.models.conversation import Conversation
+    from masq.models.residence import After
 
 
 class Role(StrEnum):
@@ -129,6 +131,7 @@ class ModelAdapter(ABC):
         max_pixels: largest image area after resizing, None to keep the processor's.
         end_ids: token ids that end an answer, the tokenizer's own first.
         pad_id: token id that fills padded positions.
+        residence: where its weights are.
         residual_signs: signs of the Hadamard rotation that the residual stream was given, None in its own basis.
     """
 
@@ -148,6 +151,7 @@ class ModelAdapter(ABC):
         self.pad_id = int(self.end_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
         self._token_modalities = TokenModalities(self.placeholders())
         self.residual_signs: torch.Tensor | None = None
+        self.residence = Residence()
         # generate() fills what a caller leaves open from here; a published file would make it sample.
         self.model.generation_config = generation.greedy_config(self.end_ids, self.pad_id, self.placeholders())
         self.check_blocks()
@@ -155,6 +159,25 @@ class ModelAdapter(ABC):
     @abstractmethod
     def blocks(self) -> list[BlockAdapter]:
         """Decoder blocks in order of execution."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go; weights that are on disk have none."""
+        return self.residence.device or self.model.device
+
+    def parts(self) -> list[nn.Module]:
+        """Modules that come into memory and go as a whole where weights are streamed; the towers come besides."""
+        return [*(block.module for block in self.blocks()), self.embeddings(), self.final_norm(), self.head()]
+
+    def visited_blocks(self, after: After = "forget") -> Iterator[BlockAdapter]:
+        """Decoder blocks in order of execution, each with its weights in memory until the loop moves on.
+
+        Args:
+            after: what becomes of changes to a block; see ``masq.models.residence``.
+        """
+        for block in self.blocks():
+            with self.residence.present(block.module, after=after):
+                yield block
 
     @abstractmethod
     def embeddings(self) -> nn.Embedding:

@@ -72,6 +72,8 @@ class ModelConfig:
         trust_remote_code: run code that comes with a checkpoint; off unless asked for.
         min_pixels: lower pixel budget of an image, None for the processor's own. Scores move with it.
         max_pixels: upper pixel budget of an image, None for the processor's own. Scores move with it.
+        weights: ``resident`` keeps all weights in memory, ``streamed`` reads each block from disk when it is its turn,
+            ``auto`` streams where the weights would take more than half of the memory that is free. Changes no result.
         architecture: sizes for ``masq plan``; None reads them from the checkpoint folder.
     """
 
@@ -86,6 +88,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     min_pixels: int | None = None
     max_pixels: int | None = None
+    weights: Literal["resident", "streamed", "auto"] = "resident"
     architecture: Architecture | None = None
 
     def __post_init__(self) -> None:

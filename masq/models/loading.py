@@ -7,15 +7,22 @@ Whatever can be checked without reading weights is checked first.
 from __future__ import annotations
 
 import logging
+import math
 import re
+import shutil
+import tempfile
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from masq.errors import ModelError
+from masq.files import SCRATCH, require_writable_folder
 from masq.models import checkpoint
 from masq.models.base import Modality
+from masq.models.residence import StreamedResidence
+from masq.models.streaming import CheckpointWeights, WrittenWeights, skeleton
 from masq.models.zoo import PREFIX, embedded_name
 from masq.registry import Registry
 
@@ -40,13 +47,17 @@ ZOO.register("smol_vl", "masq.models.loading:load_smol_vl")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 DOWNLOADED_CODE = "*.py"
+_ALIGNMENT = 64
+# Weights are loaded into at most so much of the free memory where the machine decides.
+_RESIDENT_SHARE = 0.5
 
 
-def load(config: ModelConfig) -> ModelAdapter:
+def load(config: ModelConfig, scratch: Path | None = None) -> ModelAdapter:
     """Load a float model and its processor.
 
     Args:
         config: family, source and precision.
+        scratch: folder on a disk for what a streamed model writes; the system's temporary folder by default.
 
     Returns:
         The adapter, its model in evaluation mode on the configured device; its ``modalities`` are the configured ones.
@@ -59,15 +70,44 @@ def load(config: ModelConfig) -> ModelAdapter:
     modalities = _modalities(config, family)
     device = _device(config.device)
     folder = source_folder(config)
+    streamed, source = streams(config, folder), None
     if folder is None:
         model, processor = _from_zoo(config, family)
     else:
-        model, processor = _from_checkpoint(folder, config, family)
+        model, processor, source = _from_checkpoint(folder, config, family, streamed=streamed)
     # Gradients are only ever asked for of masq's own parameters.
     model.requires_grad_(False)
-    adapter = family(model.to(device), processor, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    model = model if streamed else model.to(device)
+    adapter = family(model, processor, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     adapter.modalities = modalities
+    if streamed:
+        adapter.residence = _streamed(adapter, source, device, scratch or Path(tempfile.gettempdir()))
     return adapter
+
+
+def streams(config: ModelConfig, folder: Path | None) -> bool:
+    """Whether the weights of a model are streamed from ``folder`` (None for an embedded model)."""
+    if config.weights != "auto" or folder is None:
+        return config.weights == "streamed"
+    import psutil
+
+    entries = checkpoint.headers(folder).items()
+    kept = [one["shape"] for name, one in entries if not name.startswith(checkpoint.SKIPPED_PREFIXES)]
+    num_bytes = sum(map(math.prod, kept)) * getattr(torch, config.dtype).itemsize
+    return num_bytes > psutil.virtual_memory().available * _RESIDENT_SHARE
+
+
+def _streamed(
+    adapter: ModelAdapter, source: CheckpointWeights | None, device: torch.device, scratch: Path
+) -> StreamedResidence:
+    """The residence of a model on the meta device, or of one in memory, which is written to disk first."""
+    if source is not None:
+        return StreamedResidence(adapter.model, adapter.parts(), source, device, scratch)
+    folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=require_writable_folder(scratch)))
+    written = WrittenWeights(adapter.model, folder / "model.safetensors")
+    residence = StreamedResidence(adapter.model, adapter.parts(), written, device, scratch)
+    weakref.finalize(residence, shutil.rmtree, folder, ignore_errors=True)
+    return residence
 
 
 def source_folder(config: ModelConfig) -> Path | None:
@@ -145,8 +185,10 @@ def _trained(module: Any, config: ModelConfig) -> tuple[Any, Any]:
     return model, module.build_processor()
 
 
-def _from_checkpoint(folder: Path, config: ModelConfig, family: Any) -> tuple[Any, Any]:
-    """Model and processor of a checked folder; the processor first, the weights last."""
+def _from_checkpoint(
+    folder: Path, config: ModelConfig, family: Any, *, streamed: bool
+) -> tuple[Any, Any, CheckpointWeights | None]:
+    """Model and processor of a checked folder, the processor first; streamed weights are left where they are."""
     model_class, processor_class = family.classes()
     shared: dict[str, Any] = {"local_files_only": True, "trust_remote_code": config.trust_remote_code}
     try:
@@ -158,7 +200,14 @@ def _from_checkpoint(folder: Path, config: ModelConfig, family: Any) -> tuple[An
             remedy="download preprocessor_config.json, tokenizer.json, tokenizer_config.json and the chat template",
         ) from error
     logger.info("reading %s", folder)
-    return _read_weights(model_class, folder, config, shared), processor
+    if streamed:
+        model = skeleton(
+            model_class, folder, dtype=getattr(torch, config.dtype), attention=config.attention, shared=shared
+        )
+        source = CheckpointWeights(model, folder)
+        _check_keys(source.loading_info(model), folder)
+        return model, processor, source
+    return _read_weights(model_class, folder, config, shared), processor, None
 
 
 def _read_weights(model_class: Any, folder: Path, config: ModelConfig, shared: dict[str, Any]) -> Any:
@@ -179,7 +228,15 @@ def _read_weights(model_class: Any, folder: Path, config: ModelConfig, shared: d
             remedy="compare config.json with the weights, or download both again",
         ) from error
     _check_keys(info, folder)
+    _align(model)
     return model
+
+
+def _align(model: Any) -> None:
+    """Copy parameters that lie at odd places of a mapped file: kernels of the CPU round differently on those."""
+    for parameter in model.parameters():
+        if parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def _check_keys(info: dict[str, Any], folder: Path) -> None:

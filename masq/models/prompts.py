@@ -104,7 +104,7 @@ def _batch(
         inputs["mm_token_type_ids"] = left_pad(rows["mm_token_type_ids"], 0, torch.int64)
     inputs |= features
     batch = EncodedBatch(inputs, adapter.modality_of(inputs), left_pad(scored, fill=False, dtype=torch.bool))
-    return batch.to(adapter.model.device)
+    return batch.to(adapter.device)
 
 
 def _append_answers(

@@ -83,6 +83,11 @@ class QuantLinear(nn.Module):
         self.correction_modalities = tuple(sorted(corrections or ()))
         register_factors(self, corrections or {})
 
+    @property
+    def derived_buffers(self) -> tuple[str, ...]:
+        """Buffers that are made from others, and are made again when the layer is rebuilt."""
+        return tuple(f"float_{modality.name.lower()}" for modality in self.weight_modalities)
+
     def _register_weight(self, name: str, weight: QuantizedTensor) -> None:
         self.register_buffer(f"codes_{name}", weight.codes.contiguous())
         self.register_buffer(f"scale_{name}", weight.scale)

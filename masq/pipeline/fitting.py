@@ -36,6 +36,8 @@ class Chain:
 
     def pick(self, indices: Sequence[int]) -> Chain:
         """Some of the batches."""
+        if list(indices) == list(range(len(self.replay))):
+            return self
         return Chain([self.hidden[index] for index in indices], [self.replay[index] for index in indices])
 
 

@@ -6,54 +6,33 @@ blocks handled so far) gives its input, so that a block sees the errors of those
 
 from __future__ import annotations
 
-import logging
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from masq.calibration.cache import Request, StatisticsCache
-from masq.calibration.replay import BlockData, ReplayBatch, advance, capture
+from masq.calibration.replay import capture
 from masq.calibration.sensitivity import gradient_sums, mean_gradients, relative_sensitivity
 from masq.errors import DataError, numerical_errors_of
-from masq.models.base import Modality
-from masq.numerics.sqnr import token_sqnr
-from masq.pipeline.assembly import Stages
-from masq.pipeline.fitting import Chain, Prepared, collect_on_float, looked_at, quantize_one, token_sample
+from masq.pipeline.chain import QuantizationReport, block_outputs, mean_sqnr, named, one_of_each_mix, sqnr_text
+from masq.pipeline.fitting import Chain, Prepared, looked_at, quantize_one, token_sample
+from masq.pipeline.learning import learn
 from masq.pipeline.progress import BlockClock
 from masq.pipeline.store import BlockStore, block_tensors, restore_block
-from masq.transforms.config import LearnedSmoothing
-from masq.transforms.fake_quantized import Factors, run_fake_quantized
-from masq.transforms.learned import learn_factors
 from masq.transforms.rotation import rotate_model
-from masq.transforms.stages import SMOOTHING, SmoothingPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from masq.calibration.statistics import GroupStatistics
-    from masq.models.base import BlockAdapter, EncodedBatch, ModelAdapter
+    import torch
+
+    from masq.calibration.cache import StatisticsCache
+    from masq.calibration.replay import ReplayBatch
+    from masq.models.base import BlockAdapter, EncodedBatch, Modality, ModelAdapter
+    from masq.models.tensor_files import Collected
     from masq.modules.modality import ModalityContext
-
-_LOG = logging.getLogger(__name__)
-
-
-@dataclass
-class QuantizationReport:
-    """What happened, block by block.
-
-    Attributes:
-        blocks: per block: index, SQNR of the block output by modality on the calibration tokens of one batch per mix of
-            modalities (dB), what ``quantize_block`` notes of corrections and rounding, and, when factors are learned,
-            the losses, or, when they are searched, exponents and errors by group.
-        warnings: typed fallbacks worth a line under the table.
-        seconds: wall time of rotating, of learning and of quantizing (resumed blocks count only their replay).
-    """
-
-    blocks: list[dict[str, Any]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
+    from masq.pipeline.assembly import Stages
+    from masq.transforms.stages import SmoothingPlan
 
 
 def quantize(
@@ -98,7 +77,7 @@ def quantize(
     learned: list[SmoothingPlan] | None = None
     if stages.learns:
         started = time.perf_counter()
-        learned = _learn(adapter, hidden, replay, stages, context, factors, cache, report)
+        learned = learn(adapter, hidden, replay, stages, context, factors, cache, report)
         report.seconds["learn"] = time.perf_counter() - started
     started = time.perf_counter()
     prepared = Prepared(learned, token_sample(replay, stages, len(adapter.blocks())), sensitivity, cache)
@@ -121,19 +100,35 @@ def restore(adapter: ModelAdapter, stages: Stages, context: ModalityContext, blo
         DataError: a block is missing or damaged.
     """
     if stages.rotation.kind == "hadamard":
-        rotate_model(adapter, stages.rotation, stages.seed)
+        rotate_model(adapter, stages.rotation, stages.seed, blocks_stored=True)
     adapter_blocks = adapter.blocks()
-    dtype = adapter.embeddings().weight.dtype
     for index, block in enumerate(adapter_blocks):
-        stored = blocks.load(index)
-        if stored is None:
-            raise DataError(
-                "every block of a quantized model must be finished",
-                value=f"block {index} of {len(adapter_blocks)} is missing",
-                remedy="let the run finish: masq run with the same configuration goes on where it stopped",
-            )
-        own = stages.for_block(index, len(adapter_blocks))
-        restore_block(block, stored[0], own.scheme, context, dtype)
+        fill = _filler(adapter, index, block, stages.for_block(index, len(adapter_blocks)), context, blocks)
+        fill()
+        adapter.residence.kept(block.module, fill)
+
+
+def _filler(
+    adapter: ModelAdapter, index: int, block: BlockAdapter, stages: Stages, context: ModalityContext, store: BlockStore
+) -> Callable[[], None]:
+    """What puts a finished block into the model."""
+    dtype, device = adapter.embeddings().weight.dtype, adapter.device
+
+    def fill() -> None:
+        restore_block(block, _finished(store, index)[0], stages.scheme, context, dtype, device)
+
+    return fill
+
+
+def _finished(store: BlockStore, index: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    stored = store.load(index)
+    if stored is None:
+        raise DataError(
+            "every block of a quantized model must be finished",
+            value=f"block {index} is missing",
+            remedy="let the run finish: masq run with the same configuration goes on where it stopped",
+        )
+    return stored
 
 
 def _warn_about_missing(adapter: ModelAdapter, batches: Sequence[EncodedBatch], report: QuantizationReport) -> None:
@@ -173,92 +168,9 @@ def _sensitivity(
     return relative_sensitivity(mean_gradients(sums), floor)
 
 
-def _outputs(block: BlockAdapter, name: str, inputs: Chain, context: ModalityContext) -> Chain:
-    outputs = []
-    for hidden_btd, batch in zip(inputs.hidden, inputs.replay, strict=True):
-        context.set(batch.modality)
-        outputs.append(advance(block, hidden_btd, batch, name))
-    return Chain(outputs, inputs.replay)
-
-
-def _learn(
-    adapter: ModelAdapter,
-    hidden: list[torch.Tensor],
-    replay: list[ReplayBatch],
-    stages: Stages,
-    context: ModalityContext,
-    store: BlockStore,
-    cache: StatisticsCache | None,
-    report: QuantizationReport,
-) -> list[SmoothingPlan]:
-    """First walk: factors of every block, on the chain in which each modality has its own weight Q(W s_m).
-
-    Where the stages look at the float chain, every block starts from the float input again.
-    """
-    adapter_blocks = adapter.blocks()
-    walk_needed = not store.has_all(len(adapter_blocks))
-    clock = BlockClock("learn smoothing", len(adapter_blocks))
-    floats = quantized = Chain(hidden, replay)
-    plans, shown = [], _one_of_each_mix(replay)
-    for index, block in enumerate(adapter_blocks):
-        name, own = f"block {index}", stages.for_block(index, len(adapter_blocks))
-        targets = _outputs(block, name, floats, context) if walk_needed else floats
-        stored, outputs = store.load(index), None
-        if stored is None:
-            with numerical_errors_of(name):
-                statistics = _start(block, index, quantized, own, cache)
-                data = BlockData(quantized.hidden, targets.hidden, replay)
-                factors, note, outputs = _learn_one(block, name, statistics, data, own)
-            stored = _flatten(factors), note
-            store.save(index, *stored)
-        logs = _unflatten(stored[0], hidden[0].device)
-        plans.append(SmoothingPlan({group: {m: log.exp() for m, log in by.items()} for group, by in logs.items()}))
-        report.blocks.append({"index": index, **stored[1]})
-        if stored[1].get("reverted"):
-            report.warnings.append(f"{name}: learning did not lower the loss, the starting factors were kept")
-        if walk_needed:
-            found = Chain(
-                outputs or run_fake_quantized(block, name, logs, quantized.hidden, replay, own.scheme), replay
-            )
-            losses = {key: stored[1][key] for key in ("initial_loss", "final_loss") if key in stored[1]}
-            sqnr = _mean_sqnr(targets.pick(shown), found.pick(shown))
-            text = " -> ".join(f"{loss:.4f}" for loss in losses.values())
-            clock.tick(f"{f'loss {text}' if text else 'nothing to learn'} | {_sqnr_text(sqnr)}", losses | _named(sqnr))
-            floats, quantized = targets, targets if stages.smoothing_on_float else found
-    return plans
-
-
-def _start(
-    block: BlockAdapter, index: int, inputs: Chain, stages: Stages, cache: StatisticsCache | None
-) -> dict[str, GroupStatistics]:
-    """Ranges from which the closed form makes the factors that learning starts from."""
-    request = Request(() if stages.smoothing.kind == "none" else stages.smoothing.groups)
-    if stages.smoothing_on_float:
-        return collect_on_float(cache, index, request, block, inputs)
-    return request.collect(block, inputs.hidden, inputs.replay)
-
-
-def _learn_one(
-    block: BlockAdapter, name: str, statistics: dict[str, GroupStatistics], data: BlockData, stages: Stages
-) -> tuple[Factors, dict[str, Any], list[torch.Tensor] | None]:
-    """Learn the factors of one block, from those of the closed form on.
-
-    Returns:
-        Their logarithms, the losses, and the outputs of the block with them. Nothing of it where no linear in a
-        smoothed group is quantized.
-    """
-    config = stages.smoothing
-    if not isinstance(config, LearnedSmoothing):
-        return {}, {}, None
-    initial = SMOOTHING.get(config.kind)(block, statistics, config, stages.scheme).factors
-    found = learn_factors(block, name, initial, data, stages.scheme, config, seed=stages.seed)
-    note = {"initial_loss": found.initial_loss, "final_loss": found.final_loss, "reverted": found.reverted}
-    return found.log_factors, note, found.outputs
-
-
 def _quantize(
     adapter: ModelAdapter,
-    hidden: list[torch.Tensor],
+    hidden: Collected,
     replay: list[ReplayBatch],
     stages: Stages,
     context: ModalityContext,
@@ -271,60 +183,32 @@ def _quantize(
     A chain that no stage learns from is only the yardstick of the progress lines: one batch of every mix of modalities
     is enough.
     """
-    adapter_blocks = adapter.blocks()
-    clock = BlockClock("quantize", len(adapter_blocks))
-    shown, everything = _one_of_each_mix(replay), list(range(len(replay)))
-    kept = [everything if all_of_it else shown for all_of_it in looked_at(stages, prepared, len(adapter_blocks))]
+    num_blocks, new = len(adapter.blocks()), adapter.residence.collected
+    clock = BlockClock("quantize", num_blocks)
+    shown, everything = one_of_each_mix(replay), list(range(len(replay)))
+    kept = [everything if all_of_it else shown for all_of_it in looked_at(stages, prepared, num_blocks)]
     floats, quantized = (Chain(hidden, replay).pick(indices) for indices in kept)
     in_floats, in_quantized = ([indices.index(one) for one in shown] for indices in kept)
-    for index, block in enumerate(adapter_blocks):
-        name, own = f"block {index}", stages.for_block(index, len(adapter_blocks))
-        targets = _outputs(block, name, floats, context)
+    for index, block in enumerate(adapter.visited_blocks()):
+        name, own = f"block {index}", stages.for_block(index, num_blocks)
+        targets = block_outputs(block, name, floats, context, new())
         stored = store.load(index)
         if stored is None:
             with numerical_errors_of(name):
                 note = quantize_one(block, index, floats, quantized, own, context, prepared)
         else:
-            restore_block(block, stored[0], own.scheme, context, hidden[0].dtype)
+            restore_block(block, stored[0], own.scheme, context, hidden[0].dtype, adapter.device)
             note = stored[1]
-        quantized = _outputs(block, name, quantized, context)
-        sqnr = _mean_sqnr(targets.pick(in_floats), quantized.pick(in_quantized))
+        quantized = block_outputs(block, name, quantized, context, new())
+        sqnr = mean_sqnr(targets.pick(in_floats), quantized.pick(in_quantized))
         if stored is None:
             store.save(index, block_tensors(block), note)
+        adapter.residence.kept(block.module, _filler(adapter, index, block, own, context, store))
         floats = targets
         _merge(report.blocks, index, {"sqnr": sqnr, **note})
         for role, reason in note.get("rounding_fallbacks", {}).items():
             report.warnings.append(f"{name}.{role}: {reason}")
-        clock.tick(_sqnr_text(sqnr), _named(sqnr))
-
-
-def _one_of_each_mix(replay: Sequence[ReplayBatch]) -> list[int]:
-    """Index of the first batch of every set of modalities."""
-    first: dict[frozenset[int], int] = {}
-    for index, batch in enumerate(replay):
-        first.setdefault(frozenset(batch.modality.unique().tolist()) - {int(Modality.PADDING)}, index)
-    return sorted(first.values())
-
-
-def _sqnr_text(sqnr: dict[str, float]) -> str:
-    return "SQNR dB " + " ".join(f"{key} {value:.1f}" for key, value in sqnr.items())
-
-
-def _named(sqnr: dict[str, float]) -> dict[str, float]:
-    return {f"sqnr_{key}": value for key, value in sqnr.items()}
-
-
-def _mean_sqnr(targets: Chain, outputs: Chain) -> dict[str, float]:
-    """Mean SQNR of calibration tokens by modality."""
-    sums: dict[str, tuple[float, int]] = {}
-    for target, output, batch in zip(targets.hidden, outputs.hidden, outputs.replay, strict=True):
-        tokens = token_sqnr(target, output)
-        for modality in Modality:
-            rows = tokens[batch.modality == modality]
-            if modality is not Modality.PADDING and rows.numel():
-                total, count = sums.get(modality.name.lower(), (0.0, 0))
-                sums[modality.name.lower()] = (total + float(rows.sum()), count + rows.numel())
-    return {key: total / count for key, (total, count) in sums.items()}
+        clock.tick(sqnr_text(sqnr), named(sqnr))
 
 
 def _merge(blocks: list[dict[str, Any]], index: int, values: dict[str, Any]) -> None:
@@ -332,15 +216,3 @@ def _merge(blocks: list[dict[str, Any]], index: int, values: dict[str, Any]) -> 
         blocks[index].update(values)
     else:
         blocks.append({"index": index, **values})
-
-
-def _flatten(factors: Factors) -> dict[str, torch.Tensor]:
-    return {f"{group}.{m.name.lower()}": factor for group, by in factors.items() for m, factor in by.items()}
-
-
-def _unflatten(tensors: dict[str, torch.Tensor], device: torch.device) -> Factors:
-    factors: Factors = {}
-    for key in sorted(tensors):
-        group, modality = key.split(".")
-        factors.setdefault(group, {})[Modality[modality.upper()]] = tensors[key].to(device)
-    return factors

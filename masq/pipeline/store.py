@@ -58,15 +58,28 @@ def block_tensors(block: BlockAdapter) -> dict[str, torch.Tensor]:
 
 
 def restore_block(
-    block: BlockAdapter, tensors: dict[str, torch.Tensor], scheme: Scheme, context: ModalityContext, dtype: torch.dtype
+    block: BlockAdapter,
+    tensors: dict[str, torch.Tensor],
+    scheme: Scheme,
+    context: ModalityContext,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
-    """Put the tensors of ``block_tensors`` back, bit for bit; ``scheme`` is that of the block."""
+    """Put the tensors of ``block_tensors`` back, bit for bit.
+
+    Args:
+        block: of the float model, of the same quantized one, or of either without its weights.
+        tensors: by ``role.name`` and ``norm.group.name``.
+        scheme: of the block.
+        context: token modalities for the quantized linears.
+        dtype: of the model.
+        device: where to put them.
+    """
     formats = scheme.formats
     for role in ALL_ROLES:
-        device = next(iter(block.linear(role).state_dict().values())).device
         state = {k.split(".", 1)[1]: v.to(device) for k, v in tensors.items() if k.startswith(f"{role}.")}
         if "codes_text" not in state:
-            block.linear(role).load_state_dict(state)
+            block.linear(role).load_state_dict(state, assign=True)
             continue
         fmt = formats[role]
         layer = QuantLinear.from_state(
@@ -77,4 +90,5 @@ def restore_block(
         norm = block.norm(group)
         if norm is not None:
             prefix = f"norm.{group}."
-            norm.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            state = {k.removeprefix(prefix): v.to(device) for k, v in tensors.items() if k.startswith(prefix)}
+            norm.load_state_dict(state, assign=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from masq.calibration.replay import ReplayBatch
     from masq.models.base import BlockAdapter
+    from masq.models.tensor_files import Collected
     from masq.numerics.scheme import LinearFormat, Scheme, TensorFormat
 
 Factors = dict[str, dict[Modality, torch.Tensor]]
@@ -199,9 +200,13 @@ def run_fake_quantized(
     hidden: Sequence[torch.Tensor],
     batches: Sequence[ReplayBatch],
     scheme: Scheme,
-) -> list[torch.Tensor]:
-    """Outputs [B, T, d] of the block with a separate weight Q(W s_m) per modality: the chain that learning follows."""
-    outputs = []
+    outputs: Collected | None = None,
+) -> Collected:
+    """Outputs [B, T, d] of the block with a separate weight Q(W s_m) per modality: the chain that learning follows.
+
+    They are added to ``outputs``, a new list by default, which is returned.
+    """
+    outputs = [] if outputs is None else outputs
     with torch.no_grad(), fake_quantized(block, log_factors, scheme) as rows:
         for hidden_btd, batch in zip(hidden, batches, strict=True):
             rows.set(batch.modality)

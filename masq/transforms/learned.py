@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from masq.calibration.replay import BlockData
     from masq.models.base import BlockAdapter
+    from masq.models.tensor_files import Collected
     from masq.numerics.scheme import Scheme
     from masq.transforms.config import LearnedSmoothing
 
@@ -46,7 +47,7 @@ class LearnedFactors:
     initial_loss: float
     final_loss: float
     reverted: bool
-    outputs: list[torch.Tensor]
+    outputs: Collected
 
 
 def learn_factors(
@@ -89,9 +90,9 @@ def learn_factors(
             modality = data.batches[index].modality
             return torch.stack([weighted_error(e, modality, weights, config.mean) for e in errors]).sum()
 
-        initial_loss, initial_outputs = _measure(output_of, loss_of, len(data.batches), name)
+        initial_loss, initial_outputs = _measure(output_of, loss_of, len(data.batches), name, data.collect())
         _train(lambda index: loss_of(output_of(index), index), parameters, len(data.batches), name, config, seed)
-        final_loss, final_outputs = _measure(output_of, loss_of, len(data.batches), name)
+        final_loss, final_outputs = _measure(output_of, loss_of, len(data.batches), name, data.collect())
     if final_loss > _DIVERGED * initial_loss:
         raise NumericalError(
             f"learning the smoothing of {name} must not diverge",
@@ -160,12 +161,14 @@ def _measure(
     loss_of: Callable[[torch.Tensor, int], torch.Tensor],
     num_batches: int,
     name: str,
-) -> tuple[float, list[torch.Tensor]]:
+    outputs: Collected,
+) -> tuple[float, Collected]:
     """Mean loss over the batches, and the outputs behind it."""
-    outputs, total = [], 0.0
+    total = 0.0
     for index in range(num_batches):
-        outputs.append(output_of(index))
-        total += float(loss_of(outputs[-1], index))
+        output = output_of(index)
+        outputs.append(output)
+        total += float(loss_of(output, index))
     _require_finite(total, name)
     return total / max(num_batches, 1), outputs
 

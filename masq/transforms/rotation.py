@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def rotate_model(adapter: ModelAdapter, config: HadamardRotation, seed: int) -> None:
+def rotate_model(adapter: ModelAdapter, config: HadamardRotation, seed: int, *, blocks_stored: bool = False) -> None:
     """Rotate a float model in place; its logits stay what they were, to rounding.
 
     Solved in float64, stored in the dtype of the model.
@@ -35,25 +35,54 @@ def rotate_model(adapter: ModelAdapter, config: HadamardRotation, seed: int) -> 
         adapter: the float model, unquantized.
         config: which rotations.
         seed: of the random signs, keyed further by place.
+        blocks_stored: the weights of blocks are about to be replaced by stored ones, which are rotated already: they
+            are left alone, and only get their run-time rotations.
 
     Raises:
         ModelError: a norm that does not commute with a rotation (a bias, or no weight).
         ConfigError: a size without a Hadamard matrix.
     """
+    signs = None
     if config.residual:
-        _untie(adapter)
-        _fold_norms(adapter)
         signs = random_signs(adapter.embeddings().weight.shape[1], seed, "rotation", "residual")
-        for module in adapter.residual_writers():
-            _rotate_outputs(module, signs)
-        for module in adapter.residual_readers():
-            _rotate_inputs(module, signs)
-        adapter.residual_signs = signs.to(adapter.embeddings().weight.device)
-    for index, block in enumerate(adapter.blocks()):
-        if config.heads:
+        _rotate_ends(adapter, signs)
+        adapter.residual_signs = signs.to(adapter.device)
+    for index, block in enumerate(adapter.blocks() if blocks_stored else adapter.visited_blocks("spill")):
+        if signs is not None and not blocks_stored:
+            _rotate_residual(block, signs)
+        if config.heads and not blocks_stored:
             _rotate_heads(block, random_signs(block.head_dim, seed, "rotation", "heads", index))
         if config.down:
-            _rotate_down(block, random_signs(_linear(block, Role.DOWN).in_features, seed, "rotation", "down", index))
+            down = _linear(block, Role.DOWN)
+            own = random_signs(down.in_features, seed, "rotation", "down", index)
+            if not blocks_stored:
+                _rotate_inputs(down, own)
+            # At run time, between gate * up, which no weight can absorb.
+            block.set_linear(Role.DOWN, RotatedInput(down, own.to(adapter.device, torch.float32)))
+
+
+def _rotate_ends(adapter: ModelAdapter, signs: torch.Tensor) -> None:
+    """Rotate what writes into the residual stream before the first block and reads it behind the last."""
+    head, norm, embeddings = adapter.head(), adapter.final_norm(), adapter.embeddings()
+    with adapter.residence.present(head, norm, after="spill"):
+        _untie(adapter)
+        _fold_norm(norm, [head])
+        _rotate_inputs(head, signs)
+    with adapter.residence.present(embeddings, after="spill"):
+        _rotate_outputs(embeddings, signs)
+    for projector in adapter.projectors():
+        with adapter.residence.present(projector, after="spill"):
+            _rotate_outputs(projector, signs)
+
+
+def _rotate_residual(block: BlockAdapter, signs: torch.Tensor) -> None:
+    """Fold the norms of a block into what they feed, and rotate what reads and writes the residual stream."""
+    for group in ("qkv", "gate_up"):
+        _fold_norm(block.norm(group), [block.linear(role) for role in GROUPS[group]])
+    for role in (Role.OUTPUT, Role.DOWN):
+        _rotate_outputs(block.linear(role), signs)
+    for role in (*GROUPS["qkv"], *GROUPS["gate_up"]):
+        _rotate_inputs(block.linear(role), signs)
 
 
 def _linear(block: BlockAdapter, role: Role) -> nn.Linear:
@@ -73,23 +102,19 @@ def _untie(adapter: ModelAdapter) -> None:
     adapter.model.all_tied_weights_keys = {}
 
 
-def _fold_norms(adapter: ModelAdapter) -> None:
-    """Multiply the inputs of the linears behind each norm by its weight, and set that to one."""
-    feeds: list[tuple[nn.Module | None, list[nn.Module]]] = [(adapter.final_norm(), [adapter.head()])]
-    for block in adapter.blocks():
-        feeds += [(block.norm(group), [block.linear(role) for role in GROUPS[group]]) for group in ("qkv", "gate_up")]
-    for norm, readers in feeds:
-        weight = getattr(norm, "weight", None)
-        if not isinstance(weight, torch.Tensor) or getattr(norm, "bias", None) is not None:
-            raise ModelError(
-                "a residual rotation needs norms with one weight per channel and no bias before q, k, v and gate, up",
-                value=type(norm).__name__,
-                remedy="set method.rotation.residual=false",
-            )
-        for reader in readers:
-            assert isinstance(reader.weight, torch.Tensor)
-            _store(reader.weight, reader.weight.double() * weight.double())
-        weight.fill_(1.0)
+def _fold_norm(norm: nn.Module | None, readers: list[nn.Module]) -> None:
+    """Multiply the inputs of the linears behind a norm by its weight, and set that to one."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, torch.Tensor) or getattr(norm, "bias", None) is not None:
+        raise ModelError(
+            "a residual rotation needs norms with one weight per channel and no bias before q, k, v and gate, up",
+            value=type(norm).__name__,
+            remedy="set method.rotation.residual=false",
+        )
+    for reader in readers:
+        assert isinstance(reader.weight, torch.Tensor)
+        _store(reader.weight, reader.weight.double() * weight.double())
+    weight.fill_(1.0)
 
 
 def _rotate_outputs(module: nn.Module, signs: torch.Tensor) -> None:
@@ -121,13 +146,6 @@ def _rotate_heads(block: BlockAdapter, signs: torch.Tensor) -> None:
     if value.bias is not None:
         _apply(value.bias, lambda bias: rotate(bias.unflatten(0, (-1, size)), signs).flatten())
     _apply(output.weight, lambda w: rotate(w.unflatten(1, (-1, size)), signs).flatten(1))
-
-
-def _rotate_down(block: BlockAdapter, signs: torch.Tensor) -> None:
-    """Rotate the input of ``down`` at run time, between gate * up, which no weight can absorb."""
-    down = _linear(block, Role.DOWN)
-    _rotate_inputs(down, signs)
-    block.set_linear(Role.DOWN, RotatedInput(down, signs.to(down.weight.device, torch.float32)))
 
 
 def _apply(parameter: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> None:

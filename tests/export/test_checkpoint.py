@@ -341,7 +341,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(cell, tmp_path, monke
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("masq.export.checkpoint.write_weights", full)
+    monkeypatch.setattr("masq.export.checkpoint.write_portions", full)
     with pytest.raises(OutputError, match="No space left"):
         checkpoint.save(adapter, tmp_path / "full", {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "there"]
