@@ -12,6 +12,7 @@ import pytest
 from masq.calibration.replay import ReplayBatch, advance, capture
 from masq.compensation.config import NoCompensation, WhitenedLowRank
 from masq.models.base import EncodedBatch, ModelAdapter, Sample
+from masq.models.loading import FAMILIES
 from masq.models.qwen2_5_omni import Qwen25OmniAdapter
 from masq.models.zoo import nano
 from masq.modules.modality import ModalityContext, install
@@ -20,6 +21,9 @@ from masq.pipeline.assembly import Stages
 from masq.pipeline.store import BlockStore
 from masq.rounding.config import NearestRounding
 from masq.transforms.config import LearnedModalitySmoothing, NoSmoothing, SharedSmoothing
+
+NANO = {"nano_vl": "qwen2_5_vl", "nano_omni": "qwen2_5_omni", **{name: name[5:] for name in nano.FURTHER}}
+"""Family of the nano model of every family, by the model's name."""
 
 KINDS = (("vision",), ("audio",), ("vision", "audio"), ())
 
@@ -30,6 +34,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "masquant": {"smoothing": LearnedModalitySmoothing(), "compensation": WhitenedLowRank(rank_ratio=0.1)},
     "qera": {"smoothing": SharedSmoothing(source="text"), "compensation": WhitenedLowRank(rank_ratio=0.1)},
 }
+
+
+def nano_adapter(name: str, **changes: Any) -> ModelAdapter:
+    """Adapter of a nano model; keyword arguments go to ``nano.build``."""
+    return FAMILIES.get(NANO[name])(*nano.build(name, **changes))
+
+
+def media_of(adapter: ModelAdapter) -> tuple[str, ...]:
+    """The media that a model takes, as ``nano.random_samples`` calls them."""
+    return tuple(modality.name.lower() for modality in adapter.modalities if modality > 0)
 
 
 class KilledError(RuntimeError):

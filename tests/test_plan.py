@@ -51,6 +51,9 @@ def test_shapes_follow_an_explicit_head_size() -> None:
     [
         ("qwen2_5_vl_3b", 3_754_622_976),
         ("qwen2_5_vl_7b", 8_292_166_656),
+        ("qwen3_vl_2b", 2_127_532_032),
+        ("qwen3_vl_4b", 4_437_815_808),
+        ("qwen3_vl_8b", 8_767_123_696),
     ],
 )
 def test_published_sizes_are_met_exactly(model: str, published: int) -> None:

@@ -49,7 +49,7 @@ def assemble(model: Any, description: Description) -> None:
         ModelError: an unknown family, or a linear that the model has not, or not so.
     """
     tokens = TokenModalities({i: Modality[side.upper()] for side, ids in description.placeholders.items() for i in ids})
-    context, _ = install(_Called(model, _family(model.config.model_type), tokens))
+    context, _ = install(_Called(model, family_of(model.config.model_type), tokens))
     with torch.device("meta"):
         for name in description.rotated:
             linear = _linear(model, name)
@@ -96,7 +96,12 @@ def finish(model: Any, description: Description) -> None:
     model.requires_grad_(False)
 
 
-def _family(model_type: str) -> Any:
+def family_of(model_type: str) -> Any:
+    """The adapter class of a model type.
+
+    Raises:
+        ModelError: no family has it.
+    """
     families = [FAMILIES.get(name) for name in FAMILIES.names()]
     found = next((family for family in families if model_type in family.model_types), None)
     if found is None:

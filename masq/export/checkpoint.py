@@ -1,7 +1,7 @@
 """masq's packed checkpoint: a transformers folder whose quantized linears are stored in their few bits.
 
-``save`` writes it, ``AutoModelForImageTextToText.from_pretrained(folder)`` loads it once ``masq`` is imported (so do
-``Qwen2_5_VLForConditionalGeneration`` and, for Omni checkpoints, ``Qwen2_5OmniThinkerForConditionalGeneration``), and
+``save`` writes it, ``AutoModelForImageTextToText.from_pretrained(folder)`` loads it once ``masq`` is imported (so does
+the class that ``config.json`` names under ``architectures``; the automatic one does not know all of them), and
 ``AutoProcessor.from_pretrained(folder)`` its processor. ``load`` is the same with every error one of masq.
 
 Versions 1 and 2 of the format
@@ -69,6 +69,7 @@ from safetensors import safe_open
 from masq import __version__
 from masq.errors import ModelError, OutputError
 from masq.export import files
+from masq.export.assemble import family_of
 from masq.export.describe import describe, portion_state, stored_names
 from masq.export.description import Description
 from masq.export.shards import write_portions
@@ -160,14 +161,12 @@ def load(folder: Path | str, *, device: str = "cpu", kernel: str = AUTO, **optio
     Raises:
         ModelError: the checkpoint is damaged or not one of masq.
     """
-    import transformers
-
     path = Path(folder)
-    auto: Any = transformers.AutoModelForImageTextToText
     check(path)
+    model_class, _ = family_of(files.read_config(path)["model_type"]).classes()
     token = _checked.set(path)
     try:
-        model = auto.from_pretrained(path, local_files_only=True, **options)
+        model = model_class.from_pretrained(path, local_files_only=True, **options)
     finally:
         _checked.reset(token)
     set_kernel(model, kernel)

@@ -12,6 +12,8 @@ from masq.errors import ConfigError, DataError, ModelError
 from masq.files import read_json
 from masq.models.config import Architecture, ModelConfig
 
+_TOWERS = ("visual.", "vision_tower.", "audio_tower.", "multi_modal_projector.", "image_newline")
+
 
 def architecture(model: ModelConfig) -> Architecture:
     """Sizes of the language model: those of a local checkpoint, else those of the configuration.
@@ -50,10 +52,12 @@ def linear_shapes(sizes: Architecture) -> dict[str, tuple[int, int]]:
 
 
 def count_parameters(sizes: Architecture) -> dict[str, int]:
-    """Parameters by part: weights and q, k, v biases of the blocks, norms, embedding and head, towers."""
+    """Parameters by part: weights, q, k, v biases and norms of the blocks, embedding and head, towers."""
     shapes = linear_shapes(sizes)
-    biases = sum(shapes[role][0] for role in ("query", "key", "value"))
-    block = sum(a * b for a, b in shapes.values()) + biases + 2 * sizes.hidden_size
+    head_dim = sizes.head_dim or sizes.hidden_size // sizes.num_heads
+    biases = sum(shapes[role][0] for role in ("query", "key", "value")) if sizes.qkv_bias else 0
+    norms = 2 * sizes.hidden_size + (2 * head_dim if sizes.qk_norm else 0)
+    block = sum(a * b for a, b in shapes.values()) + biases + norms
     embedding = sizes.vocab_size * sizes.hidden_size
     return {
         "decoder": sizes.num_layers * block + sizes.hidden_size,
@@ -82,6 +86,7 @@ def _read_architecture(folder: Path) -> Architecture:
         raise ModelError(f"{folder / 'config.json'} must be a JSON object", value=type(plain).__name__)
     outer = plain.get("thinker_config", plain)
     text: dict[str, Any] = outer.get("text_config", outer)
+    tensors = [(name, shape) for path in sorted(folder.glob("*.safetensors")) for name, shape in _tensors(path)]
     try:
         return Architecture(
             hidden_size=text["hidden_size"],
@@ -91,8 +96,10 @@ def _read_architecture(folder: Path) -> Architecture:
             intermediate_size=text["intermediate_size"],
             vocab_size=text["vocab_size"],
             head_dim=text.get("head_dim"),
-            tower_parameters=sum(_tower_parameters(path) for path in sorted(folder.glob("*.safetensors"))),
+            tower_parameters=sum(math.prod(shape) for name, shape in tensors if _is_of_tower(name)),
             tied_embeddings=bool(text.get("tie_word_embeddings", outer.get("tie_word_embeddings", False))),
+            qkv_bias=bool(text.get("attention_bias", True)),
+            qk_norm=any(name.endswith(".q_norm.weight") and not _is_of_tower(name) for name, _ in tensors),
         )
     except KeyError as error:
         raise ModelError(
@@ -100,8 +107,13 @@ def _read_architecture(folder: Path) -> Architecture:
         ) from error
 
 
-def _tower_parameters(path: Path) -> int:
-    """Parameters of the thinker's vision and audio towers in one shard, from its header alone."""
+def _is_of_tower(name: str) -> bool:
+    """Whether a tensor is of the vision or audio tower, or writes what comes out of it."""
+    return any(part in name for part in _TOWERS) and not name.startswith(("talker.", "token2wav."))
+
+
+def _tensors(path: Path) -> list[tuple[str, list[int]]]:
+    """Names and shapes of the tensors in one shard, from its header alone."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -110,8 +122,4 @@ def _tower_parameters(path: Path) -> int:
         raise ModelError(
             "a safetensors file must be complete", value=path.name, remedy="fetch the checkpoint again"
         ) from error
-    return sum(
-        math.prod(entry["shape"])
-        for name, entry in header.items()
-        if ("visual." in name or "audio_tower." in name) and not name.startswith(("talker.", "token2wav."))
-    )
+    return [(name, entry["shape"]) for name, entry in header.items() if name != "__metadata__"]

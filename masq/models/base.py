@@ -193,7 +193,7 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def projectors(self) -> list[nn.Linear]:
-        """The last linear of each tower: the writers of image and audio tokens into the residual stream."""
+        """The linears that write image and audio tokens into the residual stream: the last of each tower."""
 
     @abstractmethod
     def placeholders(self) -> dict[int, Modality]:

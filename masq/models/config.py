@@ -9,6 +9,13 @@ from masq.errors import ConfigError
 
 ModalityName = Literal["text", "vision", "audio"]
 
+TAKES: dict[str, tuple[ModalityName, ...]] = {
+    "qwen2_5_omni": ("text", "vision", "audio"),
+    "qwen2_5_vl": ("text", "vision"),
+    "qwen3_vl": ("text", "vision"),
+}
+"""What each family takes, as its adapter says."""
+
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
@@ -24,6 +31,8 @@ class Architecture:
         head_dim: size of a head, ``hidden_size / num_heads`` if None.
         tower_parameters: parameters of the vision and audio towers and their projectors together.
         tied_embeddings: whether the head is the embedding.
+        qkv_bias: whether query, key and value have biases.
+        qk_norm: whether each head's query and key are normed.
     """
 
     hidden_size: int
@@ -35,6 +44,8 @@ class Architecture:
     head_dim: int | None = None
     tower_parameters: int = 0
     tied_embeddings: bool = False
+    qkv_bias: bool = True
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         """Reject impossible sizes.
@@ -78,7 +89,7 @@ class ModelConfig:
     """
 
     name: str
-    family: Literal["qwen2_5_omni", "qwen2_5_vl"]
+    family: Literal["qwen2_5_omni", "qwen2_5_vl", "qwen3_vl"]
     source: str
     modalities: tuple[ModalityName, ...]
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -95,15 +106,19 @@ class ModelConfig:
         """Reject impossible models.
 
         Raises:
-            ConfigError: an empty name or source, missing text, repeated modalities, or a reversed pixel budget.
+            ConfigError: an empty name or source, missing text, modalities that are repeated or that the family does not
+                take, or a reversed pixel budget.
         """
         if not self.name or not self.source:
             raise ConfigError("name and source must not be empty", value=f"name={self.name!r}, source={self.source!r}")
         if "text" not in self.modalities or len(set(self.modalities)) != len(self.modalities):
             raise ConfigError("modalities must contain text, and each once", value=list(self.modalities))
-        if self.family == "qwen2_5_vl" and "audio" in self.modalities:
+        lacking = [name for name in self.modalities if name not in TAKES[self.family]]
+        if lacking:
             raise ConfigError(
-                "a qwen2_5_vl model has no audio", value=list(self.modalities), remedy="use a qwen2_5_omni model"
+                f"a {self.family} model has no {' and no '.join(lacking)}",
+                value=list(self.modalities),
+                remedy="use a qwen2_5_omni model",
             )
         for name in ("min_pixels", "max_pixels"):
             pixels = getattr(self, name)

@@ -250,6 +250,12 @@ def _image_size(adapter: ModelAdapter) -> dict[str, int] | None:
     if adapter.min_pixels is None and adapter.max_pixels is None:
         return None
     own = adapter.processor.image_processor.size
+    if "shortest_edge" not in own:
+        raise ModelError(
+            "a pixel budget needs an image processor that resizes to one",
+            value=f"{type(adapter.processor.image_processor).__name__} resizes to {dict(own)}",
+            remedy="leave model.min_pixels and model.max_pixels out",
+        )
     return {
         "shortest_edge": own["shortest_edge"] if adapter.min_pixels is None else adapter.min_pixels,
         "longest_edge": own["longest_edge"] if adapter.max_pixels is None else adapter.max_pixels,

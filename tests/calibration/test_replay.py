@@ -5,10 +5,33 @@ from __future__ import annotations
 import pytest
 import torch
 
-from masq.calibration.replay import advance, collect
+from masq.calibration.replay import advance, capture, collect
 from masq.errors import NumericalError
 from masq.models.base import GROUPS, Modality, Role
-from tests.nano_fixtures import Nano, nano_model  # noqa: F401
+from masq.models.zoo import nano
+from tests.nano_fixtures import NANO, Nano, media_of, nano_adapter, nano_model  # noqa: F401
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_blocks_in_turn_equal_the_model_of_every_family(name: str) -> None:
+    """Bit for bit at every block, with padding and pictures or sounds of mixed sizes."""
+    adapter = nano_adapter(name)
+    batch = adapter.encode(nano.random_samples(media_of(adapter), 3), with_answer=True)
+    (hidden,), (replay,) = capture(adapter, [batch])
+    inputs: list[torch.Tensor] = []
+    for block in adapter.blocks():
+        block.module.register_forward_pre_hook(
+            lambda _m, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+    adapter.final_norm().register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
+    with torch.no_grad():
+        adapter.model(**batch.inputs, use_cache=False)
+    expected = list(inputs)
+    assert len(expected) == 4
+    for block, before, after in zip(adapter.blocks(), expected[:-1], expected[1:], strict=True):
+        assert torch.equal(hidden, before)
+        hidden = advance(block, hidden, replay, "block")
+        assert torch.equal(hidden, after)
 
 
 def test_blocks_in_turn_equal_the_model(nano_model: Nano) -> None:  # noqa: F811

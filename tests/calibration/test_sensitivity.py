@@ -8,19 +8,16 @@ import torch
 from masq.calibration.sensitivity import gradient_sums, mean_gradients, relative_sensitivity
 from masq.errors import NumericalError
 from masq.models.base import EncodedBatch, Modality
-from masq.models.qwen2_5_omni import Qwen25OmniAdapter
-from masq.models.qwen2_5_vl import Qwen25VLAdapter
 from masq.models.zoo import nano
+from tests.nano_fixtures import NANO, media_of, nano_adapter
 
-FAMILIES = {"nano_vl": (Qwen25VLAdapter, ("vision",)), "nano_omni": (Qwen25OmniAdapter, ("vision", "audio"))}
 TEXT, VISION, AUDIO = Modality.TEXT, Modality.VISION, Modality.AUDIO
 
 
 def build(name: str, kind: tuple[str, ...] | None = None, num_samples: int = 3):
-    family, media = FAMILIES[name]
-    adapter = family(*nano.build(name))
+    adapter = nano_adapter(name)
     adapter.model.requires_grad_(False)
-    return adapter, nano.random_samples(media if kind is None else kind, num_samples, seed=5)
+    return adapter, nano.random_samples(media_of(adapter) if kind is None else kind, num_samples, seed=5)
 
 
 def plain(adapter, batch: EncodedBatch) -> torch.Tensor:
@@ -44,7 +41,7 @@ def plain(adapter, batch: EncodedBatch) -> torch.Tensor:
     return torch.stack([output.grad.abs().mean(-1) for output in outputs])
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("name", NANO)
 @pytest.mark.parametrize("kind", [None, ()])
 def test_equals_plain_backpropagation(name: str, kind: tuple[str, ...] | None) -> None:
     """Samples of different length, so padding too; head tied or not; modalities that are not there count nothing."""

@@ -14,15 +14,14 @@ from transformers.utils import logging as transformers_logging
 from masq.compensation.config import WhitenedLowRank
 from masq.export import checkpoint
 from masq.models.base import EncodedBatch, ModelAdapter
-from masq.models.qwen2_5_omni import Qwen25OmniAdapter
-from masq.models.qwen2_5_vl import Qwen25VLAdapter
+from masq.models.config import TAKES
 from masq.models.zoo import nano
 from masq.modules.modality import install
 from masq.numerics.scheme import Override, Scheme, TensorFormat
 from masq.pipeline.loop import quantize
 from masq.pipeline.store import BlockStore
 from masq.transforms.config import HadamardRotation, LearnedModalitySmoothing, SharedSmoothing
-from tests.nano_fixtures import stages
+from tests.nano_fixtures import NANO, nano_adapter, stages
 
 GROUPED = TensorFormat(4, symmetric=False, granularity="per_group", group_size=8)
 TOKEN = TensorFormat(8, granularity="per_token")
@@ -60,9 +59,9 @@ CELLS: dict[str, tuple[str, Scheme, dict[str, Any]]] = {
         {"rotation": HadamardRotation(residual=False)},
     ),
 }
-KINDS = {
+KINDS: dict[str, tuple[tuple[str, ...], ...]] = {
+    **{name: (TAKES[family][1:], ()) for name, family in NANO.items()},
     "nano_omni": (("vision",), (), ("audio",), ("vision", "audio")),
-    "nano_vl": (("vision",), ()),
 }
 
 
@@ -78,8 +77,7 @@ class Cell:
 def make_cell(name: str, root: Path, model: str = "nano_omni") -> Cell:
     """Quantize a nano model and export it."""
     method, scheme, changes = CELLS[name]
-    family = Qwen25OmniAdapter if model == "nano_omni" else Qwen25VLAdapter
-    adapter = family(*nano.build(model))
+    adapter = nano_adapter(model)
     context, _ = install(adapter)
     samples = [nano.random_samples(kind, 2, seed=5 + index) for index, kind in enumerate(KINDS[model])]
     batches = [adapter.encode(group, with_answer=True) for group in samples]

@@ -37,7 +37,7 @@ from masq.modules.packed_linear import PackedLinear, pack_blocks
 from masq.modules.quant_linear import QuantLinear
 from masq.numerics.packing import unpack
 from tests.export.conftest import CELLS, make_cell
-from tests.nano_fixtures import stages
+from tests.nano_fixtures import NANO, stages
 
 CLASSES = {
     "nano_omni": Qwen2_5OmniThinkerForConditionalGeneration,
@@ -86,14 +86,22 @@ def test_the_loaded_model_is_the_one_that_was_exported(cell, name, model, kernel
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
-@pytest.mark.parametrize("name", ["rtn", "masquant", "int8_factors", "quarot"])
-def test_the_simulation_answers_alike(cell, name):
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        *((name, "nano_omni") for name in ("rtn", "masquant", "int8_factors", "quarot")),
+        *((name, model) for name in ("masquant", "quarot") for model in NANO if model != "nano_omni"),
+    ],
+)
+def test_the_simulation_answers_alike(cell, name, model):
     """Packed and simulated linears differ by rounding of the corrections' sums at most."""
-    made = cell(name)
+    made = cell(name, model)
     loaded = checkpoint.load(made.folder, kernel="reference")
+    assert type(loaded) is type(made.adapter.model)
     torch.testing.assert_close(
         logits(loaded, made.prompts), logits(made.adapter.model, made.prompts), rtol=1e-4, atol=1e-4
     )
+    assert torch.equal(answers(loaded, made.prompts), answers(made.adapter.model, made.prompts))
 
 
 @pytest.mark.parametrize("name", ["run_time", "masquant", "int8_factors", "quarot", "w4a16", "mixed"])

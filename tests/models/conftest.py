@@ -7,20 +7,16 @@ from collections.abc import Callable
 import pytest
 
 from masq.models.base import ModelAdapter
-from masq.models.qwen2_5_omni import Qwen25OmniAdapter
-from masq.models.qwen2_5_vl import Qwen25VLAdapter
-from masq.models.zoo import nano
-
-FAMILIES = {"nano_vl": Qwen25VLAdapter, "nano_omni": Qwen25OmniAdapter}
+from tests.nano_fixtures import NANO, nano_adapter
 
 
 @pytest.fixture
 def make_adapter() -> Callable[..., ModelAdapter]:
     """Adapter of a nano model by name; keyword arguments go to ``nano.build``."""
-    return lambda name, **changes: FAMILIES[name](*nano.build(name, **changes))
+    return nano_adapter
 
 
-@pytest.fixture(params=nano.NAMES)
+@pytest.fixture(params=NANO)
 def adapter(request: pytest.FixtureRequest) -> ModelAdapter:
-    """Each nano model in turn."""
-    return FAMILIES[request.param](*nano.build(request.param))
+    """The nano model of each family in turn."""
+    return nano_adapter(request.param)

@@ -4,16 +4,18 @@ import pytest
 import torch
 from torch import nn
 
+from masq.calibration.replay import capture
 from masq.errors import ModelError
 from masq.models.base import GROUPS, Modality, Role
 from masq.models.zoo import nano
+from tests.nano_fixtures import NANO, media_of
 
-KINDS = {"nano_vl": ("vision",), "nano_omni": ("vision", "audio")}
+UNBIASED = ("nano_qwen3_vl",)
+WIDE_HEADS = ("nano_qwen3_vl",)
 
 
 def batch_of(adapter, num_samples=2):
-    kind = ("vision", "audio") if Modality.AUDIO in adapter.modalities else ("vision",)
-    return adapter.encode(nano.random_samples(kind, num_samples), with_answer=True)
+    return adapter.encode(nano.random_samples(media_of(adapter), num_samples), with_answer=True)
 
 
 def logits(adapter, batch):
@@ -21,12 +23,14 @@ def logits(adapter, batch):
         return adapter.model(**batch.inputs).logits
 
 
-def test_every_role_is_a_linear_of_the_expected_shape(adapter):
+@pytest.mark.parametrize("name", NANO)
+def test_every_role_is_a_linear_of_the_expected_shape(make_adapter, name):
+    adapter, head_dim = make_adapter(name), 16 if name in WIDE_HEADS else 8
     shapes = {
-        Role.QUERY: (48, 48),
-        Role.KEY: (16, 48),
-        Role.VALUE: (16, 48),
-        Role.OUTPUT: (48, 48),
+        Role.QUERY: (6 * head_dim, 48),
+        Role.KEY: (2 * head_dim, 48),
+        Role.VALUE: (2 * head_dim, 48),
+        Role.OUTPUT: (48, 6 * head_dim),
         Role.GATE: (88, 48),
         Role.UP: (88, 48),
         Role.DOWN: (48, 88),
@@ -35,8 +39,9 @@ def test_every_role_is_a_linear_of_the_expected_shape(adapter):
     assert len(blocks) == 3
     for block in blocks:
         assert {role: tuple(block.linear(role).weight.shape) for role in Role} == shapes
-        assert all(block.linear(role).bias.abs().min() > 0 for role in GROUPS["qkv"])
-        assert (block.num_heads, block.num_kv_heads, block.head_dim) == (6, 2, 8)
+        biases = [block.linear(role).bias for role in GROUPS["qkv"]]
+        assert all(bias is None if name in UNBIASED else bias.abs().min() > 0 for bias in biases)
+        assert (block.num_heads, block.num_kv_heads, block.head_dim) == (6, 2, head_dim)
     linears = {id(block.linear(role)) for block in blocks for role in Role}
     assert len(linears) == 21
 
@@ -135,7 +140,7 @@ def fold(norm, linears):
     norm.weight.fill_(1)
 
 
-@pytest.mark.parametrize("name", nano.NAMES)
+@pytest.mark.parametrize("name", NANO)
 def test_writers_and_readers_are_complete_and_each_needed(make_adapter, name):
     """A rotation of the residual stream leaves the model alone iff no writer and no reader is left out."""
     orthogonal, _ = torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(1)))
@@ -143,7 +148,7 @@ def test_writers_and_readers_are_complete_and_each_needed(make_adapter, name):
     batch = batch_of(reference)
     before = logits(reference, batch)
     num_modules = len(reference.residual_writers()) + len(reference.residual_readers())
-    assert num_modules == 1 + len(reference.projectors()) + 2 * 3 + 5 * 3 + 1
+    assert num_modules == 1 + len(tower_writers(reference)) + 2 * 3 + 5 * 3 + 1
     real = batch.inputs["attention_mask"].bool()
     for index in (None, *range(num_modules)):
         adapter = make_adapter(name, tied=False)
@@ -153,26 +158,51 @@ def test_writers_and_readers_are_complete_and_each_needed(make_adapter, name):
         assert error < 1e-4 if index is None else error > 1e-2, index
 
 
-def test_projectors_write_the_media_tokens(adapter):
-    """Their biases alone move exactly the tokens of their modality at the input of the first block."""
-    batch = batch_of(adapter)
+def tower_writers(adapter):
+    """The writers of the residual stream that are neither embeddings nor in a block."""
+    linears = {id(block.linear(role)) for block in adapter.blocks() for role in Role}
+    others = [one for one in adapter.residual_writers() if one is not adapter.embeddings()]
+    return [one for one in others if id(one) not in linears]
+
+
+@torch.no_grad()
+def block_inputs(adapter, batch):
     caught = []
-    adapter.blocks()[0].module.register_forward_pre_hook(
-        lambda _m, args, kwargs: caught.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
+    handles = [
+        block.module.register_forward_pre_hook(
+            lambda _m, args, kwargs: caught.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        for block in adapter.blocks()
+    ]
     logits(adapter, batch)
-    for projector, modality in zip(adapter.projectors(), (Modality.VISION, Modality.AUDIO), strict=False):
-        assert projector.out_features == 48
+    for handle in handles:
+        handle.remove()
+    return caught
+
+
+def test_tower_writers_write_the_media_tokens(adapter):
+    """What they add alone moves tokens of one modality, wherever it enters; at the first block they move all media."""
+    batch = batch_of(adapter)
+    before = block_inputs(adapter, batch)
+    written = torch.zeros_like(batch.modality, dtype=torch.bool)
+    writers = tower_writers(adapter)
+    assert len({id(one) for one in writers}) == len(writers) >= len(adapter.projectors())
+    for writer in writers:
+        offset = writer.weight if isinstance(writer, nn.Embedding) else writer.bias
+        assert offset.shape[-1] == 48
         with torch.no_grad():
-            projector.bias += 1
-            logits(adapter, batch)
-            projector.bias -= 1
-        moved = (caught[-1] - caught[0]).abs().amax(-1) > 0.5
-        assert torch.equal(moved, batch.modality == modality)
-    assert len(adapter.projectors()) == len(adapter.modalities) - 1
+            offset += 1
+        after = block_inputs(adapter, batch)
+        with torch.no_grad():
+            offset -= 1
+        moved = [(new - old).abs().amax(-1) > 0.5 for new, old in zip(after, before, strict=True)]
+        entry = next(index for index, tokens in enumerate(moved) if tokens.any())
+        assert batch.modality[moved[entry]].unique().tolist() in ([Modality.VISION], [Modality.AUDIO])
+        written |= moved[entry] if entry == 0 else torch.zeros_like(written)
+    assert torch.equal(written, batch.modality > 0)
 
 
-@pytest.mark.parametrize("name", nano.NAMES)
+@pytest.mark.parametrize("name", NANO)
 def test_tied_heads_share_their_weight(make_adapter, name):
     for tied in (True, False):
         adapter = make_adapter(name, tied=tied)
@@ -210,3 +240,28 @@ def test_omni_numbers_image_rows_and_columns(make_adapter):
     logits(adapter, batch)
     vision = batch.modality == Modality.VISION
     assert not torch.equal(positions[0][1][vision], positions[0][2][vision])
+
+
+def test_visual_features_of_several_depths_enter_after_the_first_blocks(make_adapter):
+    """DeepStack: what a block's replay adds is the merger's output, at the picture's tokens alone, and no more."""
+    adapter = make_adapter("nano_qwen3_vl")
+    batch = batch_of(adapter, 3)
+    merged = []
+    mergers = adapter.model.model.visual.deepstack_merger_list
+    for merger in mergers:
+        merger.register_forward_hook(lambda _m, _a, output: merged.append(output))
+    hidden, replay = capture(adapter, [batch])
+    inputs = block_inputs(adapter, batch)
+    vision = batch.modality == Modality.VISION
+    with torch.no_grad():
+        for index, (block, before) in enumerate(zip(adapter.blocks(), inputs, strict=True)):
+            kwargs = {name: value for name, value in replay[0].kwargs.items() if name != "masq_deepstack"}
+            added = block.forward(before, replay[0].kwargs) - block.forward(before, kwargs)
+            assert added[~vision].abs().max() == 0
+            if index < len(mergers):
+                torch.testing.assert_close(added[vision], merged[index], rtol=0, atol=1e-5)
+            else:
+                assert added.abs().max() == 0
+    assert torch.equal(hidden[0], inputs[0])
+    text = adapter.encode(nano.random_samples((), 2), with_answer=True)
+    assert "masq_deepstack" not in capture(adapter, [text])[1][0].kwargs

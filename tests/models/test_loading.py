@@ -12,17 +12,17 @@ from torch import nn
 from masq.errors import ConfigError, ModelError
 from masq.models import loading
 from masq.models.base import Modality
-from masq.models.config import ModelConfig
+from masq.models.config import TAKES, ModelConfig
 from masq.models.zoo import nano
+from tests.nano_fixtures import NANO, nano_adapter
 
-FAMILY = {"nano_vl": "qwen2_5_vl", "nano_omni": "qwen2_5_omni"}
-KIND = {"nano_vl": ("vision",), "nano_omni": ("vision", "audio")}
+KIND = {name: TAKES[family][1:] for name, family in NANO.items()}
 
 
 def config(name, source, **changes):
     fields = {
         "name": name,
-        "family": FAMILY[name],
+        "family": NANO[name],
         "source": str(source),
         "modalities": ("text", *KIND[name]),
         "dtype": "float32",
@@ -113,7 +113,7 @@ def test_published_sampling_defaults_do_not_survive(published):
     assert (generation.do_sample, generation.repetition_penalty, generation.temperature) == (False, 1.0, None)
 
 
-@pytest.mark.parametrize("name", nano.NAMES)
+@pytest.mark.parametrize("name", NANO)
 def test_zoo_models(name):
     adapter = loading.load(config(name, f"zoo:{name}", dtype="float16", attention="eager"))
     assert adapter.embeddings().weight.dtype == torch.float16
@@ -264,3 +264,27 @@ def test_models_saved_by_transformers_itself_load_too(tmp_path):
     processor.save_pretrained(tmp_path)
     adapter = loading.load(config("nano_omni", tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(adapter.model.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", nano.FURTHER)
+def test_a_folder_of_every_further_family_loads_bit_for_bit(tmp_path, name):
+    """As transformers writes it, in several files; the processor with it."""
+    model, processor = nano.build(name)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    processor.save_pretrained(tmp_path)
+    adapter = loading.load(config(name, tmp_path))
+    expected, loaded = model.state_dict(), adapter.model.state_dict()
+    assert expected.keys() == loaded.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in expected.items())
+    reference = nano_adapter(name)
+    samples = nano.random_samples(KIND[name], 2)
+    ours, theirs = (one.encode(samples, with_answer=True) for one in (adapter, reference))
+    assert ours.inputs.keys() == theirs.inputs.keys()
+    assert all(torch.equal(ours.inputs[key], value) for key, value in theirs.inputs.items())
+
+
+def test_families_take_what_the_configuration_says():
+    """``masq plan`` must know it before torch is imported, and the adapter is where it is true."""
+    assert sorted(TAKES) == loading.FAMILIES.names()
+    for name, takes in TAKES.items():
+        assert tuple(one.name.lower() for one in loading.FAMILIES.get(name).modalities) == takes

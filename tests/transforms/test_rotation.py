@@ -11,15 +11,18 @@ import torch
 from masq.errors import ConfigError, ModelError
 from masq.evaluation.fidelity import fidelity
 from masq.models.base import ModelAdapter, Role
-from masq.models.qwen2_5_omni import Qwen25OmniAdapter
-from masq.models.qwen2_5_vl import Qwen25VLAdapter
+from masq.models.config import TAKES
+from masq.models.loading import FAMILIES
 from masq.models.rotated import RotatedInput
 from masq.models.zoo import nano
 from masq.transforms.config import HadamardRotation
 from masq.transforms.rotation import rotate_model
+from tests.nano_fixtures import NANO
 
-KINDS = {"nano_omni": ((), ("vision",), ("audio",), ("vision", "audio")), "nano_vl": ((), ("vision",))}
-ADAPTERS: dict[str, Any] = {"nano_omni": Qwen25OmniAdapter, "nano_vl": Qwen25VLAdapter}
+KINDS: dict[str, tuple[tuple[str, ...], ...]] = {
+    **{name: ((), TAKES[family][1:]) for name, family in NANO.items()},
+    "nano_omni": ((), ("vision",), ("audio",), ("vision", "audio")),
+}
 ROTATIONS = {
     "residual": HadamardRotation(heads=False, down=False),
     "heads": HadamardRotation(residual=False, down=False),
@@ -30,7 +33,7 @@ ROTATIONS = {
 
 def build(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> ModelAdapter:
     model, processor = nano.build(name, **options)
-    return ADAPTERS[name](model.to(dtype), processor)
+    return FAMILIES.get(NANO[name])(model.to(dtype), processor)
 
 
 def logits(adapter: ModelAdapter, kinds: tuple[str, ...]) -> torch.Tensor:

@@ -1,11 +1,13 @@
 """Random models with the real classes and tiny odd sizes, built in memory in about a second: the unit tests' models.
 
 ``nano_vl`` ties its head to its embeddings, ``nano_omni`` does not; both have nonzero biases, norms that are not ones
-and grouped-query attention. Nothing is read from disk and nothing is random but by the seed.
+and grouped-query attention. Nothing is read from disk and nothing is random but by the seed. The models of further
+families are in files of their own beside this one.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ import torch
 
 from masq.errors import unknown_name
 from masq.models.base import Sample
-from masq.models.zoo import published
+from masq.models.zoo import embedded_name, published
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from masq.models.config import ModelConfig
 
 NAMES = ("nano_vl", "nano_omni")
+FURTHER = {"nano_qwen3_vl": "masq.models.zoo.nano_qwen3_vl"}
+"""Models of further families by name: modules with ``make(tied, attention)`` and whether the head is tied, ``TIED``."""
 RATE = 16000
 PATCH = 4
 MIN_PIXELS, MAX_PIXELS = 4 * (2 * PATCH) ** 2, 24 * (2 * PATCH) ** 2
@@ -80,24 +84,29 @@ def build(name: str, *, seed: int = 0, tied: bool | None = None, attention: str 
     """A random float32 model on the CPU and its processor.
 
     Args:
-        name: "nano_vl" or "nano_omni".
+        name: one of ``NAMES`` or ``FURTHER``.
         seed: of the weights.
-        tied: whether the head is the embeddings; by default it is in ``nano_vl`` only.
+        tied: whether the head is the embeddings; None for what the model's file says (of ``NAMES``, ``nano_vl`` only).
         attention: "sdpa" or "eager".
 
     Raises:
         ConfigError: unknown name.
     """
-    if name not in NAMES:
-        raise unknown_name("nano model", name, NAMES)
-    processor = _build_processor(name)
-    make = _build_vl if name == "nano_vl" else _build_omni
-    model = make(processor.tokenizer, (name == "nano_vl") if tied is None else tied, attention)
+    if name in FURTHER:
+        module = importlib.import_module(FURTHER[name])
+        model, processor = module.make(module.TIED if tied is None else tied, attention)
+    elif name in NAMES:
+        processor = _build_processor(name)
+        make = _build_vl if name == "nano_vl" else _build_omni
+        model = make(processor.tokenizer, (name == "nano_vl") if tied is None else tied, attention)
+    else:
+        raise unknown_name("nano model", name, (*NAMES, *FURTHER))
     _randomize(model, seed)
     return model.eval(), processor
 
 
-def _text_config(tokenizer: Any, tied: bool) -> dict[str, Any]:
+def text_config(tokenizer: Any, tied: bool) -> dict[str, Any]:
+    """Keyword arguments of a Qwen2-style language model's configuration, of ``SIZES``."""
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
     return {**SIZES, **ids, "rope_parameters": dict(ROPE), "rms_norm_eps": 1e-6, "tie_word_embeddings": tied}
 
@@ -106,7 +115,7 @@ def _build_vl(tokenizer: Any, tied: bool, attention: str) -> Any:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     config = Qwen2_5_VLConfig(
-        text_config=_text_config(tokenizer, tied),
+        text_config=text_config(tokenizer, tied),
         vision_config=dict(VISION),
         image_token_id=tokenizer.image_token_id,
         video_token_id=tokenizer.video_token_id,
@@ -126,7 +135,7 @@ def _build_omni(tokenizer: Any, tied: bool, attention: str) -> Any:
         "vision_end_token_id": tokenizer.vision_eos_token_id,
     }
     config = Qwen2_5OmniThinkerConfig(
-        text_config=_text_config(tokenizer, tied),
+        text_config=text_config(tokenizer, tied),
         vision_config=dict(VISION),
         audio_config=dict(AUDIO),
         image_token_index=tokenizer.image_token_id,
@@ -156,8 +165,13 @@ def _randomize(model: Any, seed: int) -> None:
             parameter.copy_(1 + 0.2 * noise)
 
 
-def _build_tokenizer(name: str) -> Any:
-    """A byte-level tokenizer over the 256 bytes without merges, with ChatML and media tokens."""
+def build_tokenizer(tokens: dict[str, str], template: str) -> Any:
+    """A byte-level tokenizer over the 256 bytes without merges, with ChatML and media tokens.
+
+    Args:
+        tokens: special tokens by attribute name.
+        template: for chats.
+    """
     from tokenizers import pre_tokenizers
     from transformers import Qwen2Tokenizer
 
@@ -169,27 +183,27 @@ def _build_tokenizer(name: str) -> Any:
         pad_token="<|endoftext|>",
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
-        extra_special_tokens=dict(SPECIAL_TOKENS[name]),
+        extra_special_tokens=dict(tokens),
         model_max_length=SIZES["max_position_embeddings"],
         padding_side="left",
     )
-    tokenizer.chat_template = chat_template(name)
+    tokenizer.chat_template = template
     return tokenizer
 
 
-def chat_template(name: str) -> str:
-    """ChatML as Qwen writes it, media wrapped in their begin and end tokens."""
-    tokens = SPECIAL_TOKENS[name]
-    media = {"image": ("vision", "image"), "video": ("vision", "video")}
-    if "audio_token" in tokens:
-        media["audio"] = ("audio", "audio")
-    branches = "".join(
-        f"{{% elif part.type == '{kind}' %}}"
-        + tokens[f"{wrap}_bos_token"]
-        + tokens[f"{token}_token"]
-        + tokens[f"{wrap}_eos_token"]
+def wrapped_media(tokens: dict[str, str]) -> dict[str, str]:
+    """What stands for each medium in a chat: its token between its begin and end tokens."""
+    media = {"image": ("vision", "image"), "video": ("vision", "video"), "audio": ("audio", "audio")}
+    return {
+        kind: tokens[f"{wrap}_bos_token"] + tokens[f"{token}_token"] + tokens[f"{wrap}_eos_token"]
         for kind, (wrap, token) in media.items()
-    )
+        if f"{token}_token" in tokens
+    }
+
+
+def chat_template(media: dict[str, str]) -> str:
+    """ChatML as Qwen writes it, with ``media`` in place of each medium."""
+    branches = "".join(f"{{% elif part.type == '{kind}' %}}{text}" for kind, text in media.items())
     return (
         "{% for message in messages %}<|im_start|>{{ message.role }}\n"
         "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
@@ -209,15 +223,16 @@ def _build_processor(name: str) -> Any:
 
     size: dict[str, Any] = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
     geometry: dict[str, Any] = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2}
+    template = chat_template(wrapped_media(SPECIAL_TOKENS[name]))
     parts: dict[str, Any] = {
         "image_processor": Qwen2VLImageProcessor(size=dict(size), **geometry),
         "video_processor": Qwen2VLVideoProcessor(size=dict(size), do_sample_frames=False, **geometry),
-        "tokenizer": _build_tokenizer(name),
+        "tokenizer": build_tokenizer(SPECIAL_TOKENS[name], template),
     }
     if name == "nano_vl":
-        return Qwen2_5_VLProcessor(**parts, chat_template=chat_template(name))
+        return Qwen2_5_VLProcessor(**parts, chat_template=template)
     extractor = WhisperFeatureExtractor(feature_size=AUDIO["num_mel_bins"], sampling_rate=RATE, chunk_length=2)
-    return Qwen2_5OmniProcessor(**parts, feature_extractor=extractor, chat_template=chat_template(name))
+    return Qwen2_5OmniProcessor(**parts, feature_extractor=extractor, chat_template=template)
 
 
 def random_samples(
@@ -274,18 +289,9 @@ def _random_audio(generator: torch.Generator) -> bytes:
     return buffer.getvalue()
 
 
-def load_vl(config: ModelConfig) -> tuple[Any, Any]:
-    """``nano_vl`` in the configured precision."""
-    return _load("nano_vl", config)
-
-
-def load_omni(config: ModelConfig) -> tuple[Any, Any]:
-    """``nano_omni`` in the configured precision."""
-    return _load("nano_omni", config)
-
-
-def _load(name: str, config: ModelConfig) -> tuple[Any, Any]:
-    model, processor = build(name, attention=config.attention)
+def load(config: ModelConfig) -> tuple[Any, Any]:
+    """The nano model that ``config.source`` names, in the configured precision."""
+    model, processor = build(embedded_name(config.source) or "", attention=config.attention)
     return model.to(getattr(torch, config.dtype)), processor
 
 
