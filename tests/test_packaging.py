@@ -41,7 +41,9 @@ def test_every_config_is_in_the_package(names: set[str]) -> None:
     assert expected <= names
 
 
-@pytest.mark.parametrize("pattern", ["*.py", "*.parquet", "*.safetensors", "*.json", "*.md", "SHA256SUMS", "*.txt"])
+@pytest.mark.parametrize(
+    "pattern", ["*.py", "*.cpp", "*.cu", "*.h", "*.parquet", "*.safetensors", "*.json", "*.md", "SHA256SUMS", "*.txt"]
+)
 def test_code_and_model_files_are_in_the_package(names: set[str], pattern: str) -> None:
     assert tracked(pattern, "masq") <= names
 

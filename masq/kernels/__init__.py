@@ -15,11 +15,12 @@ AUTO = "auto"
 KERNELS: Registry[type[Kernel]] = Registry("kernel")
 KERNELS.register("cpu", "masq.kernels.cpu:CpuKernel")
 KERNELS.register("triton", "masq.kernels.triton.kernel:TritonKernel")
+KERNELS.register("cuda", "masq.kernels.cuda.kernel:CudaKernel")
 KERNELS.register("torch", "masq.kernels.torch_int8:TorchKernel")
 KERNELS.register("reference", "masq.kernels.reference:ReferenceKernel")
 
-PREFERENCE = ("cpu", "triton", "torch", "reference")
-"""Fastest first; the last runs everything everywhere."""
+PREFERENCE = ("cpu", "triton", "cuda", "torch", "reference")
+"""Fastest first as far as that is known (``cuda`` was never timed); the last runs everything everywhere."""
 
 
 def select(name: str, spec: LinearSpec) -> Kernel:

@@ -1,11 +1,15 @@
-"""Where tests of Triton kernels run, and memory that is dirty."""
+"""Where tests of GPU kernels run, and memory that is dirty."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 
+from masq.kernels.cuda.kernel import CudaKernel
+from tests.kernels.emulating import emulated_kernel
 from tests.kernels.interpreting import INTERPRETED
 
 GARBAGE = 0x55
@@ -18,12 +22,32 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("triton_device", ["cpu" if INTERPRETED else on_gpu], indirect=True)
 
 
+class Target(NamedTuple):
+    """Where a test of CUDA kernels runs."""
+
+    kernel: CudaKernel
+    device: str
+
+
 @pytest.fixture
 def triton_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Device of the tensors; whatever kernels allocate is filled with NaN or garbage first."""
+    return _dirty(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
+    """CUDA kernels in the emulator and on a GPU, there from the library of ``--cuda-library`` if it is given."""
+    if request.param == "emulated":
+        return Target(emulated_kernel(), _dirty("cpu", monkeypatch))
+    given = request.config.getoption("--cuda-library")
+    return Target(CudaKernel(Path(given) if given else None), _dirty("cuda", monkeypatch))
+
+
+def _dirty(device: str, monkeypatch: pytest.MonkeyPatch) -> str:
     import torch
 
-    if request.param == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
 
     def filled(tensor: torch.Tensor) -> torch.Tensor:
@@ -32,7 +56,7 @@ def triton_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty_like")):
         make = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, make=make, **k: filled(make(*a, **k)))
-    return request.param
+    return device
 
 
 @pytest.fixture

@@ -5,14 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from masq import kernels
-from masq.models.base import Modality
-from masq.modules import stack as modules
-from masq.modules.modality import ModalityContext
-from masq.modules.packed_linear import PackedLinear
-from masq.modules.quant_linear import QuantLinear
-from masq.numerics.affine import quantize
-from masq.numerics.low_rank import store
 from masq.numerics.scheme import TensorFormat
 from tests.kernels import cases
 from tests.kernels.interpreting import (
@@ -22,6 +14,7 @@ from tests.kernels.interpreting import (
     moved,
     run_in_interpreter,
 )
+from tests.kernels.layers import check_layers_that_share_an_input
 
 OPERATIONS = [
     "smooth_quantize",
@@ -73,45 +66,7 @@ def test_layers_of_operations_that_torch_checks(triton_device, launches, name):
 
 @pytest.mark.parametrize("coded", [False, True])
 def test_layers_that_share_an_input(triton_device, monkeypatch, coded):
-    """Prefill of three modalities and decoding of text, against the reference."""
-    if triton_device == "cpu":
-        monkeypatch.setattr(modules, "select", lambda *_: KERNEL)
-    context, generator = ModalityContext(), torch.Generator().manual_seed(0)
-    layers = []
-
-    def factors(out, rank):
-        shapes = (130, rank), (rank, out)
-        left, right = (torch.randn(*shape, generator=generator) / 9 for shape in shapes)
-        return store(left, right, torch.int8 if coded else torch.bfloat16)
-
-    for out, rank in ((64, 40), (32, 0), (17, 3)):
-        weight = quantize(torch.randn(out, 130, generator=generator), TensorFormat(4))
-        layer = QuantLinear(
-            weights={Modality.TEXT: weight},
-            bias=torch.randn(out, generator=generator),
-            activation=ACTIVATION,
-            smoothing={m: torch.full((130,), 1.5) ** int(m) for m in Modality if m >= 0},
-            corrections={m: factors(out, rank) for m in (Modality.VISION, Modality.AUDIO)} if rank else None,
-            context=context,
-            dtype=torch.bfloat16,
-        )
-        layers.append(layer)
-    for ids in (torch.tensor([[-1, 0, 1, 1, 0, 2, 0] * 3]), torch.tensor([[0]]), torch.tensor([[2]])):
-        x = torch.randn(*ids.shape, 130, generator=generator).bfloat16()
-        found = []
-        for kernel, device in (("reference", "cpu"), ("triton", triton_device)):
-            context.set(ids.to(torch.int8).to(device))
-            with monkeypatch.context() as patch:
-                if kernel == "reference":
-                    patch.setattr(modules, "select", kernels.select)
-                packed = [PackedLinear.from_simulated(layer, kernel).to(device) for layer in layers]
-                modules.stack(packed)
-                on_device = x.to(device)
-                found.append(torch.cat([layer(on_device) for layer in packed], dim=-1).float().cpu())
-            assert packed[0].stack.prepare().kernel.name == kernel
-        text = ids[0] <= 0
-        assert torch.equal(found[0][:, text], found[1][:, text])
-        assert float((found[0] - found[1]).norm() / found[0].norm()) < 4e-3
+    check_layers_that_share_an_input(KERNEL, triton_device, ACTIVATION, coded, monkeypatch)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,69 @@
+"""Layers of a model that share an input, and how a kernel must run them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from masq import kernels
+from masq.kernels.base import Kernel
+from masq.models.base import Modality
+from masq.modules import stack as modules
+from masq.modules.modality import ModalityContext
+from masq.modules.packed_linear import PackedLinear
+from masq.modules.quant_linear import QuantLinear
+from masq.numerics.affine import quantize
+from masq.numerics.low_rank import store
+from masq.numerics.scheme import TensorFormat
+
+
+def check_layers_that_share_an_input(
+    kernel: Kernel, device: str, activation: TensorFormat, coded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill of three modalities and decoding of text, against the reference.
+
+    Args:
+        kernel: taken for every layer where ``device`` is no GPU, else chosen by its name.
+        device: of the tensors.
+        activation: format of the input.
+        coded: factors of corrections are int8 codes, not bfloat16.
+        monkeypatch: of the test.
+    """
+    if device == "cpu":
+        monkeypatch.setattr(modules, "select", lambda *_: kernel)
+    context, generator = ModalityContext(), torch.Generator().manual_seed(0)
+    layers = []
+
+    def factors(out, rank):
+        shapes = (130, rank), (rank, out)
+        left, right = (torch.randn(*shape, generator=generator) / 9 for shape in shapes)
+        return store(left, right, torch.int8 if coded else torch.bfloat16)
+
+    for out, rank in ((64, 40), (32, 0), (17, 3)):
+        weight = quantize(torch.randn(out, 130, generator=generator), TensorFormat(4))
+        layer = QuantLinear(
+            weights={Modality.TEXT: weight},
+            bias=torch.randn(out, generator=generator),
+            activation=activation,
+            smoothing={m: torch.full((130,), 1.5) ** int(m) for m in Modality if m >= 0},
+            corrections={m: factors(out, rank) for m in (Modality.VISION, Modality.AUDIO)} if rank else None,
+            context=context,
+            dtype=torch.bfloat16,
+        )
+        layers.append(layer)
+    for ids in (torch.tensor([[-1, 0, 1, 1, 0, 2, 0] * 3]), torch.tensor([[0]]), torch.tensor([[2]])):
+        x = torch.randn(*ids.shape, 130, generator=generator).bfloat16()
+        found = []
+        for name, where in (("reference", "cpu"), (kernel.name, device)):
+            context.set(ids.to(torch.int8).to(where))
+            with monkeypatch.context() as patch:
+                if name == "reference":
+                    patch.setattr(modules, "select", kernels.select)
+                packed = [PackedLinear.from_simulated(layer, name).to(where) for layer in layers]
+                modules.stack(packed)
+                on_device = x.to(where)
+                found.append(torch.cat([layer(on_device) for layer in packed], dim=-1).float().cpu())
+            assert packed[0].stack.prepare().kernel.name == name
+        text = ids[0] <= 0
+        assert torch.equal(found[0][:, text], found[1][:, text])
+        assert float((found[0] - found[1]).norm() / found[0].norm()) < 4e-3
