@@ -36,8 +36,8 @@ STAGES = {
     "towers": ["masq.pipeline.loop:capture"],
     "gradients": ["masq.pipeline.loop:gradient_sums"],
     "rotation": ["masq.pipeline.loop:rotate_model"],
-    "chains": ["masq.pipeline.loop:advance", "masq.pipeline.loop:run_fake_quantized"],
-    "learning": ["masq.pipeline.loop:learn_factors"],
+    "chains": ["masq.pipeline.chain:advance", "masq.pipeline.learning:run_fake_quantized"],
+    "learning": ["masq.pipeline.learning:learn_factors"],
     "statistics": ["masq.calibration.cache:collect"],
     "compensation": ["masq.pipeline.assembly:whitener", "masq.pipeline.assembly:fit_low_rank"],
 }

@@ -29,13 +29,33 @@ def write(model: Any, processor: Any, folder: Path, max_shard_size: int) -> None
         folder: created if need be.
         max_shard_size: bytes of a shard; it holds at least one tensor.
     """
+    write_description(model, processor, folder)
+    tensors = {published_name(model, name): value.detach().clone() for name, value in model.named_parameters()}
+    _write_shards(_with_speech_parts(tensors) if _is_omni(model) else tensors, folder, max_shard_size)
+
+
+def write_description(model: Any, processor: Any, folder: Path) -> None:
+    """Write everything but the weights; the model may be on the meta device.
+
+    Args:
+        model: see ``write``.
+        processor: see ``write``.
+        folder: created if need be.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    is_omni = model.config.model_type == "qwen2_5_omni_thinker"
-    _write_json(folder / "config.json", _omni_config(model) if is_omni else _vl_config(model))
+    _write_json(folder / "config.json", _omni_config(model) if _is_omni(model) else _vl_config(model))
     _write_json(folder / "generation_config.json", _sampling(model))
     _write_processor(processor, folder)
-    tensors = _tensors(model, "thinker." if is_omni else "")
-    _write_shards(_with_speech_parts(tensors) if is_omni else tensors, folder, max_shard_size)
+
+
+def published_name(model: Any, name: str) -> str:
+    """Under which name Qwen publishes the parameter ``name``."""
+    old = next((start for start in RENAMED if name.startswith(start)), "")
+    return ("thinker." if _is_omni(model) else "") + RENAMED.get(old, "") + name.removeprefix(old)
+
+
+def _is_omni(model: Any) -> bool:
+    return model.config.model_type == "qwen2_5_omni_thinker"
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -117,15 +137,6 @@ def _omni_config(model: Any) -> dict[str, Any]:
         "talker_config": {"model_type": "qwen2_5_omni_talker", "hidden_size": 8, "num_hidden_layers": 1},
         "token2wav_config": {"model_type": "qwen2_5_omni_token2wav"},
     }
-
-
-def _tensors(model: Any, prefix: str) -> dict[str, torch.Tensor]:
-    """The model's parameters under their published names."""
-    renamed = {}
-    for name, parameter in model.named_parameters():
-        old = next((start for start in RENAMED if name.startswith(start)), "")
-        renamed[prefix + RENAMED.get(old, "") + name.removeprefix(old)] = parameter.detach().clone()
-    return renamed
 
 
 def _with_speech_parts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
