@@ -55,6 +55,10 @@ class BusyError(MasqError):
     """A run that another process is working on."""
 
 
+class ShortOfMemoryError(MasqError):
+    """A step that did not fit into the memory of the machine or of its accelerator."""
+
+
 class NumericalError(MasqError):
     """A computation that left the finite numbers or diverged."""
 
@@ -68,6 +72,35 @@ def numerical_errors_of(place: str) -> Iterator[None]:
         if place in error.rule:
             raise
         raise NumericalError(f"{place}: {error.rule}", value=error.value, remedy=error.remedy) from error
+
+
+@contextmanager
+def memory_errors_of(place: str) -> Iterator[None]:
+    """Have a failed allocation inside become a ``ShortOfMemoryError`` that names ``place`` (a block).
+
+    Torch's allocator of the CPU raises a plain ``RuntimeError``, known by its words, that of an accelerator a class of
+    its own, known by its name: nothing is imported for it.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "AcceleratorError")
+        if not known and "allocate memory" not in str(error):
+            raise
+        said = (str(error).strip().splitlines() or ["no memory left"])[0]
+        raise ShortOfMemoryError(
+            f"{place} and what is computed for it must fit into memory",
+            value=said,
+            remedy="set model.weights=streamed, lower calibration.batch_size, or take a larger machine, and run again: "
+            "finished blocks are kept",
+        ) from error
+
+
+@contextmanager
+def errors_of(place: str) -> Iterator[None]:
+    """Have numerical errors and failed allocations inside name ``place``."""
+    with numerical_errors_of(place), memory_errors_of(place):
+        yield
 
 
 def near_matches(name: str, options: Iterable[str], n: int = 3) -> list[str]:

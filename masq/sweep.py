@@ -79,7 +79,10 @@ def read_outcome(folder: Path, index: int, config: RunConfig) -> Outcome:
     """The outcome of cell ``index``; a cell whose process died has left none, which is a failure."""
     path = _path(folder, index)
     if not path.exists():
-        return Outcome(cell_name(config), error="ended without a result")
+        return Outcome(
+            cell_name(config),
+            error="ended without a result: its process was killed, by hand or for memory; run it again",
+        )
     return decode_dataclass(Outcome, read_json(path))
 
 

@@ -1,7 +1,7 @@
 """Checkpoints with the configurations of Qwen2.5-VL and Qwen2.5-Omni, to the last size, and random weights.
 
-In the layout in which Qwen publishes the real ones, in bfloat16 and several shards; the tokenizer is that of the embedded
-models, whose ids are a part of the vocabulary. Memory holds one tensor at a time.
+In the layout in which Qwen publishes the real ones, in bfloat16 and several shards; the tokenizer is that of the
+embedded models, whose ids are a part of the vocabulary. Memory holds one tensor at a time.
 """
 
 from __future__ import annotations

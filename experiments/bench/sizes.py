@@ -1,7 +1,8 @@
 """Models of 3B and 7B quantized, exported and run with streamed weights: seconds and peak memory of every step.
 
-A random checkpoint of the exact configuration is written once; then each step runs in a process of its own, whose largest
-resident memory the system reports when it ends. A run that is killed twice and goes on must end with the same bits.
+A random checkpoint of the exact configuration is written once; then each step runs in a process of its own, whose
+largest resident memory the system reports when it ends. A run that is killed twice and goes on must end with the same
+bits.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ NOT_RUN = "not run"
 _FREE = ("output", "threads", "preset")
 # Where things lie, and names that change nothing.
 _FREE_IN = {
-    "model": ("source", "architecture"),
+    "model": ("source", "architecture", "weights"),
     "method": ("description",),
     "calibration": ("source", "cache"),
     "evaluation": ("source", "name", "records", "keep_float"),

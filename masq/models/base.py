@@ -9,13 +9,14 @@ Shapes: B batch, T tokens, d hidden size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from masq.errors import ModelError
+from masq.errors import ModelError, memory_errors_of
 from masq.models.residence import Residence
 from masq.models.sample import Modality as Modality
 from masq.models.sample import Sample as Sample
@@ -175,8 +176,11 @@ class ModelAdapter(ABC):
         Args:
             after: what becomes of changes to a block; see ``masq.models.residence``.
         """
-        for block in self.blocks():
-            with self.residence.present(block.module, after=after):
+        for index, block in enumerate(self.blocks()):
+            with ExitStack() as stack:
+                # What the loop does with the block has its own names for errors.
+                with memory_errors_of(f"block {index}"):
+                    stack.enter_context(self.residence.present(block.module, after=after))
                 yield block
 
     @abstractmethod

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from masq.calibration.replay import advance
+from masq.errors import memory_errors_of
 from masq.models.base import Modality
 from masq.numerics.sqnr import token_sqnr
 from masq.pipeline.fitting import Chain
@@ -48,10 +49,12 @@ def block_outputs(block: BlockAdapter, name: str, inputs: Chain, context: Modali
 
     Raises:
         NumericalError: an output is NaN or infinite.
+        ShortOfMemoryError: it does not fit.
     """
-    for hidden_btd, batch in zip(inputs.hidden, inputs.replay, strict=True):
-        context.set(batch.modality)
-        into.append(advance(block, hidden_btd, batch, name))
+    with memory_errors_of(name):
+        for hidden_btd, batch in zip(inputs.hidden, inputs.replay, strict=True):
+            context.set(batch.modality)
+            into.append(advance(block, hidden_btd, batch, name))
     return Chain(into, inputs.replay)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from masq.calibration.cache import Request
 from masq.calibration.replay import BlockData
-from masq.errors import numerical_errors_of
+from masq.errors import errors_of
 from masq.models.base import Modality
 from masq.pipeline.chain import block_outputs, mean_sqnr, named, one_of_each_mix, sqnr_text
 from masq.pipeline.fitting import Chain, collect_on_float
@@ -71,7 +71,7 @@ def learn(
         targets = block_outputs(block, name, floats, context, new()) if walk_needed else floats
         stored, outputs = store.load(index), None
         if stored is None:
-            with numerical_errors_of(name):
+            with errors_of(name):
                 statistics = _start(block, index, quantized, own, cache)
                 data = BlockData(quantized.hidden, targets.hidden, replay, new)
                 factors, note, outputs = _learn_one(block, name, statistics, data, own)

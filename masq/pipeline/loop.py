@@ -13,7 +13,7 @@ import torch
 
 from masq.calibration.replay import capture
 from masq.calibration.sensitivity import gradient_sums, mean_gradients, relative_sensitivity
-from masq.errors import DataError, numerical_errors_of
+from masq.errors import DataError, errors_of, memory_errors_of
 from masq.pipeline.chain import QuantizationReport, block_outputs, mean_sqnr, named, one_of_each_mix, sqnr_text
 from masq.pipeline.fitting import Chain, Prepared, looked_at, quantize_one, token_sample
 from masq.pipeline.learning import learn
@@ -73,7 +73,8 @@ def quantize(
         started = time.perf_counter()
         rotate_model(adapter, stages.rotation, stages.seed)
         report.seconds["rotate"] = time.perf_counter() - started
-    hidden, replay = capture(adapter, batches)
+    with memory_errors_of("the largest tower"):
+        hidden, replay = capture(adapter, batches)
     learned: list[SmoothingPlan] | None = None
     if stages.learns:
         started = time.perf_counter()
@@ -194,7 +195,7 @@ def _quantize(
         targets = block_outputs(block, name, floats, context, new())
         stored = store.load(index)
         if stored is None:
-            with numerical_errors_of(name):
+            with errors_of(name):
                 note = quantize_one(block, index, floats, quantized, own, context, prepared)
         else:
             restore_block(block, stored[0], own.scheme, context, hidden[0].dtype, adapter.device)
