@@ -16,6 +16,8 @@ def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
     plain = to_dict(config)
     for group, key, not_there in (
         (plain["method"]["rounding"], "clip", None),
+        (plain["method"]["rounding"], "share", "tokens"),
+        (plain["method"]["compensation"], "ranks", "equal"),
         (plain["scheme"], "overrides", []),
         (plain["evaluation"], "score", True),
         (plain["evaluation"], "benchmarks", None),

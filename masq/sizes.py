@@ -80,17 +80,23 @@ def _check_group_size(scheme: Scheme, architecture: Architecture, model: str) ->
 def _check_rotation(rotation: Rotation, architecture: Architecture) -> None:
     if rotation.kind == "none":
         return
-    head_dim = architecture.head_dim or architecture.hidden_size // architecture.num_heads
-    sizes = {
-        "residual": architecture.hidden_size if rotation.residual else 1,
-        "heads": head_dim if rotation.heads else 1,
-        "down": architecture.intermediate_size if rotation.down else 1,
-    }
+    if rotation.kind == "hadamard_smoothed":
+        shapes = linear_shapes(architecture)
+        sizes = {f"groups, {group}": shapes[GROUP_ROLES[group][0]][1] for group in rotation.groups}
+    else:
+        head_dim = architecture.head_dim or architecture.hidden_size // architecture.num_heads
+        sizes = {
+            "residual": architecture.hidden_size if rotation.residual else 1,
+            "heads": head_dim if rotation.heads else 1,
+            "down": architecture.intermediate_size if rotation.down else 1,
+        }
     for name, size in sizes.items():
         try:
             factor(size)
         except ConfigError as error:
             remedy = f"set method.rotation.{name}=false"
+            if rotation.kind == "hadamard_smoothed":
+                remedy = "leave the group out of method.rotation.groups"
             raise ConfigError(f"method.rotation.{name}: {error.rule}", value=error.value, remedy=remedy) from None
 
 

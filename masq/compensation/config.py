@@ -32,7 +32,10 @@ class WhitenedLowRank:
         groups: the groups of linears that are corrected.
         gauge: the scale of each modality's smoothing factor, which the activations' per-token scales hide but the
             weight error W s_m - Q(W s_text) does not: ``given`` keeps what smoothing found (the paper), ``text``
-            gives it the geometric mean of text's factor.
+            gives it the geometric mean of text's factor, ``searched`` takes scale and strength of the factor, between
+            text's and its own, by the error that is left after correction (``masq.compensation.gauge``).
+        ranks: ``equal`` by the ratio or number above for every linear; ``filled`` spends the same bytes where they
+            pay most among the linears and modalities of a block (``masq.compensation.ranks``).
         dtype: in which the factors are stored, whatever the model's own is; they are multiplied in the model's.
             ``int8`` means codes with a float32 scale for each component (``masq.numerics.low_rank``): twice the rank
             in the bytes of sixteen bits.
@@ -45,7 +48,8 @@ class WhitenedLowRank:
     whiten: bool = True
     activations: Literal["quantized", "float"] = "quantized"
     groups: tuple[GroupName, ...] = ("qkv", "output", "gate_up")
-    gauge: Literal["given", "text"] = "given"
+    gauge: Literal["given", "text", "searched"] = "given"
+    ranks: Literal["equal", "filled"] = "equal"
     dtype: Literal["bfloat16", "float16", "float32", "int8"] = "bfloat16"
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from masq.errors import ModelError
 from masq.models.base import Modality
 from masq.numerics.affine import QuantizedTensor, quantize
+from masq.numerics.hadamard import rotate
 from masq.numerics.integer_gemm import scaled_matmul
 from masq.numerics.low_rank import Factors, Given, factors_of, project
 
@@ -42,6 +43,8 @@ class QuantLinear(nn.Module):
         context: tells the modality of every row.
         smoothing: factor s_m [I] by modality, None for no run-time smoothing. Text must be present; a modality that
             calibration never saw uses the factor of text.
+        rotation: signs [I] of a Hadamard rotation of the smoothed rows (``masq.numerics.hadamard.rotate``), None for
+            none; the stored weight and the corrections read rotated rows.
         corrections: (L1 [I, R], L2 [R, O]) by modality, or their codes and scales (``Factors``), kept in the dtype they
             come in, multiplied in that of the rows.
         dtype: dtype of the bias.
@@ -50,6 +53,7 @@ class QuantLinear(nn.Module):
     bias: torch.Tensor | None
     inverse_smoothing: torch.Tensor | None
     smoothing_rows: torch.Tensor | None
+    rotation: torch.Tensor | None
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class QuantLinear(nn.Module):
         activation: TensorFormat | None,
         context: ModalityContext,
         smoothing: Mapping[Modality, torch.Tensor] | None = None,
+        rotation: torch.Tensor | None = None,
         corrections: Mapping[Modality, Given] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -80,6 +85,7 @@ class QuantLinear(nn.Module):
         table, rows = (None, None) if smoothing is None else _inverse_table(smoothing)
         self.register_buffer("inverse_smoothing", table)
         self.register_buffer("smoothing_rows", rows)
+        self.register_buffer("rotation", None if rotation is None else rotation.float())
         self.correction_modalities = tuple(sorted(corrections or ()))
         register_factors(self, corrections or {})
 
@@ -107,6 +113,8 @@ class QuantLinear(nn.Module):
         rows_ni = x.reshape(-1, self.in_features).float()
         if self.inverse_smoothing is not None:
             rows_ni = rows_ni * self._inverse_factors(modality)
+        if self.rotation is not None:
+            rows_ni = rotate(rows_ni, self.rotation)
         y_no = self._base(rows_ni, modality)
         for correction in self.correction_modalities:
             self._add_correction(y_no, rows_ni, modality, correction, x.dtype)
@@ -185,6 +193,7 @@ class QuantLinear(nn.Module):
             bias=state.get("bias"),
             activation=activation,
             context=context,
+            rotation=state.get("rotation"),
             corrections=factors_in(state),
             dtype=dtype,
         )

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from masq.compensation.low_rank import captured_share, fit_low_rank, resolve_rank, scaled_covariance
-from masq.errors import NumericalError
 from masq.models.base import GROUPS, Modality, Role
-from masq.modules.quant_linear import QuantLinear
-from masq.numerics.linalg import Whitener, whitener
-from masq.numerics.low_rank import Factors, store
 from masq.numerics.scheme import GROUP_ROLES
-from masq.rounding.stages import ROUNDING, Rounded, pooled_moment
+from masq.pipeline.linears import Corrections, draft_group, equal_ranks, filled_ranks
 from masq.transforms.config import MbqSmoothing, NoRotation, NoSmoothing, SearchedSmoothing
-from masq.transforms.smoothing import match_scale
 from masq.transforms.stages import apply_folds, moment_groups
 
 if TYPE_CHECKING:
@@ -27,8 +20,8 @@ if TYPE_CHECKING:
     from masq.compensation.config import NoCompensation, WhitenedLowRank
     from masq.models.base import BlockAdapter
     from masq.modules.modality import ModalityContext
-    from masq.numerics.affine import QuantizedTensor
     from masq.numerics.scheme import Scheme
+    from masq.pipeline.linears import Draft
     from masq.rounding.config import GptqRounding, NearestRounding
     from masq.transforms.config import Rotation, Smoothing
     from masq.transforms.stages import SmoothingPlan
@@ -82,6 +75,21 @@ class Stages:
         if self.compensation.kind == "none":
             return ()
         return tuple(group for group in self.compensation.groups if set(GROUP_ROLES[group]) & set(self.scheme.formats))
+
+    @property
+    def gauged_groups(self) -> tuple[str, ...]:
+        """Groups whose factors are chosen by the error that corrections leave, and so need single tokens."""
+        config = self.compensation
+        searched = config.kind != "none" and config.gauge == "searched" and self.smoothing.kind != "none"
+        if not searched:
+            return ()
+        assert self.smoothing.kind != "none"
+        return tuple(group for group in self.compensated_groups if group in self.smoothing.groups)
+
+    @property
+    def rounds_to_remainder(self) -> bool:
+        """Whether rounding leaves to corrections what they are going to correct."""
+        return self.rounding.kind == "gptq" and self.rounding.tokens == "remainder"
 
     @property
     def rounds_against_input(self) -> bool:
@@ -147,9 +155,9 @@ def quantize_block(
 
     Args:
         block: float block; norms and the value linear may be folded in place.
-        name: block name for errors.
+        name: block name for errors; random signs of rotations at run time are keyed by it.
         plan: smoothing factors.
-        statistics: by group, second moments where a stage asks for them.
+        statistics: by group, second moments and single tokens where a stage asks for them.
         stages: the method on this block.
         context: token modalities for the new linears.
 
@@ -157,32 +165,34 @@ def quantize_block(
         JSON: ``captured``, the share of the whitened weight error that corrections capture, mean over linears, by
         modality; for a stage that rounds against the input also ``rounding_gain``, the mean ratio of its error to that
         of rounding to nearest, ``rounding_fallbacks``, by role, what could not be done as configured, and
-        ``rounding``, by role, that and the numbers behind it (see ``Rounded``).
+        ``rounding``, by role, that and the numbers behind it (see ``Rounded``); ``gauge``, by group and modality,
+        where one was searched, and ``ranks``, by role and modality, where they differ.
 
     Raises:
         NumericalError: a weight, factor or correction is not finite; the message names the linear.
     """
     apply_folds(block, plan)
+    note: dict[str, Any] = {"captured": {}}
     captured: dict[str, list[float]] = {}
-    rounded: dict[str, Rounded] = {}
-    formats = stages.scheme.formats
-    for group, roles in GROUPS.items():
-        factors = _scaled_factors(plan.factors.get(group, {}), stages)
-        roots = _whiteners(statistics[group], factors, stages) if group in stages.compensated_groups else {}
-        moments = _moments(group, statistics, factors, stages)
-        for role in map(Role, roles):
-            linear = block.linear(role)
-            assert isinstance(linear, torch.nn.Linear)
-            if role not in formats:
-                if group in plan.folded:
-                    linear.weight.mul_(factors[Modality.TEXT].to(linear.weight))
-                continue
-            made = _Linear(linear, role, f"{name}.{role}", factors, group in plan.folded)
-            layer, shares, rounded[role] = _quantize_linear(made, moments, roots, stages, context)
-            block.set_linear(role, layer)
-            for modality, share in shares.items():
-                captured.setdefault(modality.name.lower(), []).append(share)
-    note: dict[str, Any] = {"captured": {key: sum(shares) / len(shares) for key, shares in captured.items()}}
+    drafts: list[Draft] = []
+    filled = stages.compensation.kind != "none" and stages.compensation.ranks == "filled"
+    waiting: list[Draft] = []
+    for group in GROUPS:
+        made, gauges = draft_group(block, name, group, plan, statistics, stages)
+        if gauges:
+            note.setdefault("gauge", {})[group] = gauges
+        drafts += made
+        if not filled:
+            # One group at a time: its square roots of second moments are the largest things here.
+            _finish(block, made, equal_ranks(made, stages), stages, context, captured)
+        else:
+            waiting += made
+    if filled:
+        ranks = filled_ranks(waiting, stages)
+        note["ranks"] = {one.role: {m.name.lower(): rank for m, rank in ranks[one.role].items()} for one in waiting}
+        _finish(block, waiting, ranks, stages, context, captured)
+    note["captured"] = {key: sum(shares) / len(shares) for key, shares in captured.items()}
+    rounded = {one.role: one.rounded[Modality.TEXT] for one in drafts}
     if stages.rounds_against_input and rounded:
         note["rounding_gain"] = sum(one.gain for one in rounded.values()) / len(rounded)
         note["rounding_fallbacks"] = {role: one.fallback for role, one in rounded.items() if one.fallback}
@@ -190,123 +200,18 @@ def quantize_block(
     return note
 
 
-def _scaled_factors(factors: Mapping[Modality, torch.Tensor], stages: Stages) -> Mapping[Modality, torch.Tensor]:
-    """Factors of a group in the gauge that the compensation asks for."""
-    if stages.compensation.kind != "none" and stages.compensation.gauge == "text":
-        return match_scale(factors)
-    return factors
-
-
-def _moments(
-    group: str,
-    statistics: Mapping[str, GroupStatistics],
-    factors: Mapping[Modality, torch.Tensor],
-    stages: Stages,
-) -> dict[Modality, torch.Tensor | None]:
-    """The second moment of the smoothed input that the stored weight of each modality is rounded against."""
-    if not stages.rounds_against_input or group not in stages.second_moment_groups:
-        return {}
-    if stages.stores_weight_per_modality:
-        return {m: pooled_moment(statistics[group], factors, (m,)) for m in factors or (Modality.TEXT,)}
-    return {Modality.TEXT: pooled_moment(statistics[group], factors, stages.rounding_modalities)}
-
-
-def _whiteners(
-    statistics: GroupStatistics, factors: Mapping[Modality, torch.Tensor], stages: Stages
-) -> dict[Modality, Whitener]:
-    """Square roots of C_m for the modalities to correct: one eigendecomposition for all linears of a group."""
-    assert stages.compensation.kind != "none"
-    roots = {}
-    for modality, moment in statistics.second_moment.items():
-        if modality is not Modality.TEXT:
-            covariance = scaled_covariance(moment, _factor(factors, modality, moment.shape[0], moment.device))
-            roots[modality] = whitener(covariance, stages.compensation.damping)
-    return roots
-
-
-def _factor(
-    factors: Mapping[Modality, torch.Tensor], modality: Modality, size: int, device: torch.device
-) -> torch.Tensor:
-    """s_m as float64 [d_in]: the modality's own, else text's, else one."""
-    factor = factors.get(modality, factors.get(Modality.TEXT))
-    return torch.ones(size, dtype=torch.float64, device=device) if factor is None else factor.double()
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """A float linear on its way: role, name for errors, factors s_m of its input, and whether they are folded."""
-
-    module: torch.nn.Linear
-    role: Role
-    name: str
-    factors: Mapping[Modality, torch.Tensor]
-    folded: bool
-
-
-def _quantize_linear(
-    made: _Linear,
-    moments: Mapping[Modality, torch.Tensor | None],
-    roots: Mapping[Modality, Whitener],
+def _finish(
+    block: BlockAdapter,
+    drafts: list[Draft],
+    ranks: Mapping[Role, Mapping[Modality, int]],
     stages: Stages,
     context: ModalityContext,
-) -> tuple[QuantLinear, dict[Modality, float], Rounded]:
-    """The quantized linear, the captured shares of its corrections, and how the weight of text was rounded."""
-    linear, name, factors, folded = made.module, made.name, made.factors, made.folded
-    weight_oi = linear.weight.detach().double()
-    _require_finite(weight_oi, name, "weight")
-    fmt = stages.scheme.formats[made.role]
-    present = tuple(factors) or (Modality.TEXT,)
-    smoothed = {m: weight_oi * _factor(factors, m, linear.in_features, weight_oi.device) for m in (*present, *roots)}
-    stored = present if stages.stores_weight_per_modality else (Modality.TEXT,)
-    stage, config = ROUNDING.get(stages.rounding.kind), stages.rounding_of(made.role)
-    rounded = {m: stage(smoothed[m], fmt.weight, config, moments.get(m)) for m in stored}
-    weights = {m: one.weight for m, one in rounded.items()}
-    corrections, shares = _corrections(smoothed, weights[Modality.TEXT], roots, stages)
-    for tensor in itertools.chain.from_iterable(corrections.values()):
-        if tensor is not None:
-            _require_finite(tensor, name, "correction")
-    layer = QuantLinear(
-        weights=weights,
-        bias=linear.bias,
-        activation=fmt.activation,
-        context=context,
-        smoothing=None if folded or not factors else factors,
-        corrections=corrections,
-        dtype=linear.weight.dtype,
-    )
-    return layer, shares, rounded[Modality.TEXT]
-
-
-def _corrections(
-    smoothed: Mapping[Modality, torch.Tensor],
-    base: QuantizedTensor,
-    roots: Mapping[Modality, Whitener],
-    stages: Stages,
-) -> tuple[dict[Modality, Factors], dict[Modality, float]]:
-    """Equation 22: rank-r fit of W s_m - W_hat for every corrected modality, and the share of it that is captured.
-
-    That of codes is what they capture; 16 bits are as good as the fit.
-    """
-    config, corrections, shares = stages.compensation, {}, {}
-    if config.kind == "none" or not roots:
-        return corrections, shares
-    base_oi = base.dequantize(torch.float64)
-    rank = resolve_rank(config, base_oi.shape[1], base_oi.shape[0])
-    for modality, root in roots.items():
-        residual = smoothed[modality] - base_oi
-        fit = fit_low_rank(residual, root, rank, whiten=config.whiten)
-        shares[modality] = float(fit.captured)
-        if rank:
-            corrections[modality] = store(fit.left, fit.right, getattr(torch, config.dtype))
-            if config.dtype == "int8":
-                shares[modality] = captured_share(residual, root, *corrections[modality].dense())
-    return corrections, shares
-
-
-def _require_finite(tensor: torch.Tensor, name: str, what: str) -> None:
-    if not torch.isfinite(tensor).all():
-        raise NumericalError(
-            f"the {what} of {name} must be finite",
-            value="NaN or infinity",
-            remedy="check the checkpoint, or raise method.compensation.damping; finished blocks are kept",
-        )
+    captured: dict[str, list[float]],
+) -> None:
+    """Correct what was rounded, and put it into the block."""
+    for draft in drafts:
+        corrections = Corrections.fit(draft, ranks[draft.role], stages.compensation)
+        block.set_linear(draft.role, draft.layer(corrections, context))
+        draft.release()
+        for modality, share in corrections.shares.items():
+            captured.setdefault(modality.name.lower(), []).append(share)

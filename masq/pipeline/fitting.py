@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from masq.calibration.cache import Request, StatisticsCache
 from masq.calibration.statistics import TokenSample
 from masq.pipeline.assembly import Stages, quantize_block
-from masq.transforms.config import SearchedSmoothing
+from masq.transforms.config import ConvexModalitySmoothing, SearchedSmoothing
 from masq.transforms.stages import SMOOTHING, SmoothingPlan
 
 if TYPE_CHECKING:
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from masq.calibration.statistics import GroupStatistics
     from masq.models.base import BlockAdapter, Modality
     from masq.modules.modality import ModalityContext
+
+
+GAUGE_TOKENS = 256
+"""At most so many tokens of each modality tell the noise of activations to a search of the gauge."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,22 @@ class Prepared:
 
 
 def token_sample(replay: Sequence[ReplayBatch], stages: Stages, num_blocks: int) -> TokenSample | None:
-    """The tokens that a search of smoothing looks at, none of them where second moments tell it all."""
+    """The tokens that smoothing or its gauge looks at, none of them where second moments tell it all."""
     config = stages.smoothing
-    if not isinstance(config, SearchedSmoothing):
+    limits = [GAUGE_TOKENS] if stages.gauged_groups else []
+    if isinstance(config, ConvexModalitySmoothing):
+        limits.append(config.tokens)
+    elif isinstance(config, SearchedSmoothing):
+        of_blocks = [stages.for_block(index, num_blocks) for index in range(num_blocks)]
+        needs_rows = any(
+            set(one.smoothing.groups) - set(one.search_moment_groups)
+            for one in of_blocks
+            if one.smoothing.kind != "none"
+        )
+        limits.append(config.tokens if needs_rows else 0)
+    if not limits:
         return None
-    of_blocks = [stages.for_block(index, num_blocks) for index in range(num_blocks)]
-    needs_rows = any(
-        set(one.smoothing.groups) - set(one.search_moment_groups) for one in of_blocks if one.smoothing.kind != "none"
-    )
-    return TokenSample.draw([batch.modality for batch in replay], config.tokens if needs_rows else 0, stages.seed)
+    return TokenSample.draw([batch.modality for batch in replay], max(limits), stages.seed)
 
 
 def requests(stages: Stages, prepared: Prepared) -> tuple[Request, Request]:
@@ -75,10 +86,18 @@ def requests(stages: Stages, prepared: Prepared) -> tuple[Request, Request]:
     of = stages.second_moment_modalities
     smoothing = Request()
     if prepared.plans is None and stages.smoothing.kind != "none":
-        smoothing = Request(stages.smoothing.groups, stages.search_moment_groups, of, prepared.sample)
-    rest = Request((), stages.second_moment_groups, of)
+        fits_tokens = isinstance(stages.smoothing, SearchedSmoothing | ConvexModalitySmoothing)
+        sample = prepared.sample if fits_tokens else None
+        smoothing = Request(stages.smoothing.groups, stages.search_moment_groups, of, sample)
+    gauged = stages.gauged_groups
+    rest = Request(gauged, stages.second_moment_groups, of, prepared.sample if gauged else None)
     if stages.smoothing_on_float == stages.moments_on_float:
-        both = replace(smoothing, second_moment={*smoothing.second_moment, *rest.second_moment}, moments_of=of)
+        both = Request(
+            {*smoothing.groups, *rest.groups},
+            {*smoothing.second_moment, *rest.second_moment},
+            of,
+            smoothing.sample or rest.sample,
+        )
         return (both, Request()) if stages.smoothing_on_float else (Request(), both)
     return rest, smoothing
 

@@ -79,7 +79,11 @@ class GptqRounding:
         block_size: columns whose errors are spread at once; speed only, up to rounding.
         act_order: visit input channels by decreasing Hessian diagonal (the original code's option, after the paper).
         static_groups: with per-group scales, fix them before the sweep; needed with ``act_order``.
-        tokens: whose second moment is the Hessian: of all tokens alike, or of text tokens.
+        tokens: whose second moment is the Hessian: of all tokens alike, of text tokens, or, with ``remainder``, of
+            all tokens in the directions that their corrections leave (``masq.rounding.remainder``), which is then also
+            what the weight is rounded towards.
+        share: how much each modality counts in a ``remainder``: by the number of its ``tokens``, or so that relative
+            errors of its ``signal`` count alike.
         clip: shrink ranges first, by the Hessian; the scales of groups are then fixed before the sweep. Null for the
             full ranges.
     """
@@ -89,19 +93,26 @@ class GptqRounding:
     block_size: int = 128
     act_order: bool = False
     static_groups: bool = False
-    tokens: Literal["all", "text"] = "all"
+    tokens: Literal["all", "text", "remainder"] = "all"
+    share: Literal["tokens", "signal"] = "tokens"
     clip: ClipSearch | None = None
 
     def __post_init__(self) -> None:
         """Reject values out of range.
 
         Raises:
-            ConfigError: damping or block size out of range.
+            ConfigError: damping or block size out of range, or a share of what is not there.
         """
         if not 0 < self.damping < float("inf"):
             raise ConfigError("damping must be positive and finite", value=self.damping, remedy="0.01 is usual")
         if self.block_size < 1:
             raise ConfigError("block_size must be positive", value=self.block_size)
+        if self.share != "tokens" and self.tokens != "remainder":
+            raise ConfigError(
+                "share weighs the modalities of a remainder",
+                value=f"share={self.share}, tokens={self.tokens}",
+                remedy="set method.rounding.tokens=remainder",
+            )
 
 
 Rounding = NoRounding | NearestRounding | GptqRounding

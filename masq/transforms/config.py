@@ -55,6 +55,29 @@ class HadamardRotation:
 
 
 @dataclass(frozen=True, slots=True)
+class SmoothedHadamardRotation:
+    """Randomized Hadamard rotation at run time of what linears read, after it was smoothed.
+
+    A rotation of the residual stream (``HadamardRotation``) lies before smoothing and costs nothing at run time; here
+    each modality's channels are brought to one size first and mixed then, at the cost of a fast transform per input.
+
+    Attributes:
+        groups: the groups of linears whose input is rotated.
+    """
+
+    kind: Literal["hadamard_smoothed"] = "hadamard_smoothed"
+    groups: tuple[GroupName, ...] = _ALL_GROUPS
+
+    def __post_init__(self) -> None:
+        """Reject a rotation of nothing.
+
+        Raises:
+            ConfigError: groups empty or repeated.
+        """
+        _check(0.0, self.groups)
+
+
+@dataclass(frozen=True, slots=True)
 class NoSmoothing:
     """Activations and weights keep their scales."""
 
@@ -107,6 +130,41 @@ class ModalitySmoothing:
             ConfigError: alpha outside [0, 1], or groups empty or repeated.
         """
         _check(self.alpha, self.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class ConvexModalitySmoothing:
+    """One factor per modality, the optimum of a convex model of the quantization error; never folded.
+
+    The uniform-noise model of per-token activations and per-channel weights is log-convex in log s, so that it has one
+    optimum, found without gradients through rounding, learning rate or seed (``masq.transforms.convex``).
+
+    Attributes:
+        groups: the groups of linears that are smoothed.
+        tokens: at most so many of each modality are looked at.
+        power: largest magnitudes are taken as norms of this order, which are smooth.
+        steps: iterations of L-BFGS at most.
+    """
+
+    kind: Literal["modality_convex"] = "modality_convex"
+    groups: tuple[GroupName, ...] = _ALL_GROUPS
+    tokens: int = 512
+    power: int = 16
+    steps: int = 100
+
+    def __post_init__(self) -> None:
+        """Reject values out of range.
+
+        Raises:
+            ConfigError: tokens, power or steps out of range, or groups empty or repeated.
+        """
+        _check(0.0, self.groups)
+        if self.tokens < 1:
+            raise ConfigError("tokens must be positive", value=self.tokens, remedy="512 is the default")
+        if not 2 <= self.power <= 64:
+            raise ConfigError("power must lie between 2 and 64", value=self.power, remedy="16 is the default")
+        if self.steps < 1:
+            raise ConfigError("steps must be positive", value=self.steps, remedy="100 is the default")
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +334,9 @@ def _check_learned(config: LearnedSmoothing) -> None:
         raise ConfigError("loss_weights must be finite, not negative, and not all zero", value=dict(loss_weights))
 
 
-Rotation = NoRotation | HadamardRotation
+Rotation = NoRotation | HadamardRotation | SmoothedHadamardRotation
 LearnedSmoothing = LearnedModalitySmoothing | LearnedSharedSmoothing
 SearchedSmoothing = AwqSmoothing | MbqSmoothing
-Smoothing = NoSmoothing | SharedSmoothing | ModalitySmoothing | LearnedSmoothing | SearchedSmoothing
+Smoothing = (
+    NoSmoothing | SharedSmoothing | ModalitySmoothing | ConvexModalitySmoothing | LearnedSmoothing | SearchedSmoothing
+)

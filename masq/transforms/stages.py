@@ -11,6 +11,7 @@ from masq.models.base import GROUPS, Modality, Role
 from masq.numerics.scheme import GROUP_ROLES
 from masq.registry import Registry
 from masq.transforms.config import takes_moments
+from masq.transforms.convex import convex_factor
 from masq.transforms.search import SearchedLinear, awq_factor, pooled_abs_mean, search
 from masq.transforms.smoothing import (
     fold_into_norm,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from masq.models.base import BlockAdapter
     from masq.numerics.scheme import Scheme
     from masq.transforms.config import (
+        ConvexModalitySmoothing,
         LearnedModalitySmoothing,
         LearnedSharedSmoothing,
         ModalitySmoothing,
@@ -168,6 +170,22 @@ def fit_modality(
     )
 
 
+def fit_convex(
+    block: BlockAdapter, statistics: Mapping[str, GroupStatistics], config: ConvexModalitySmoothing, scheme: Scheme
+) -> SmoothingPlan:
+    """One factor per modality, the optimum of a convex error model on sampled tokens; never folded.
+
+    Scale the model leaves open: every factor has the geometric mean of text's, which is 1.
+    """
+    factors = {}
+    for group in config.groups:
+        linears = _searched_linears(block, group, scheme)
+        if linears:
+            rows = statistics[group].rows
+            factors[group] = {m: convex_factor(rows[m], linears, config.power, config.steps) for m in rows}
+    return SmoothingPlan(factors)
+
+
 def fit_shared_start(
     block: BlockAdapter,
     statistics: Mapping[str, GroupStatistics],
@@ -187,6 +205,7 @@ SMOOTHING: Registry[Callable[..., SmoothingPlan]] = Registry("smoothing stage")
 SMOOTHING.register("none", fit_none)
 SMOOTHING.register("shared", fit_shared)
 SMOOTHING.register("modality", fit_modality)
+SMOOTHING.register("modality_convex", fit_convex)
 # Learning starts from the closed form; ``masq.transforms.learned`` does the rest.
 SMOOTHING.register("modality_learned", fit_modality)
 SMOOTHING.register("shared_learned", fit_shared_start)

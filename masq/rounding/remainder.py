@@ -1,0 +1,90 @@
+"""What is left to rounding where corrections follow: the goal and the second moment of a weight for all modalities.
+
+One stored weight W_hat serves text, which reads ``W S_t``, and every other modality m, which reads ``W S_m`` and whose
+tokens get a correction of rank R afterwards. To first order that removes what W_hat does in the R directions that are
+strongest in their second moment ``C_m``; W_hat answers for the rest, ``tail_R(C_m)``:
+
+    sum_m lambda_m |W S_m - W_hat|^2 in the norm of tail_R(C_m)  =  |B - W_hat|^2 in that of H,  up to a constant,
+    H = sum_m lambda_m tail_R(C_m),  B = W S_t + sum_m lambda_m W (S_m - S_t) tail_R(C_m) H^-1.
+
+Text has no correction: its tail is all of C_t. Shapes: I input channels, O output channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from masq.models.base import Modality
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# Of the mean of H's diagonal, added to it where it is inverted: directions that no token uses keep the weight of text.
+_DAMPING = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Remainder:
+    """What a weight is rounded towards.
+
+    Attributes:
+        weight: B, float64 [O, I].
+        moment: H, float64 [I, I].
+    """
+
+    weight: torch.Tensor
+    moment: torch.Tensor
+
+
+def tail(covariance: torch.Tensor, rank: int) -> torch.Tensor:
+    """A symmetric positive matrix [I, I] without its ``rank`` strongest eigen-directions; rank 0 leaves it as it is."""
+    if rank == 0:
+        return covariance
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = values[: len(values) - rank].clamp(min=0)
+    basis = vectors[:, : len(kept)]
+    return (basis * kept) @ basis.t()
+
+
+def remainder(
+    smoothed: Mapping[Modality, torch.Tensor],
+    covariances: Mapping[Modality, torch.Tensor],
+    ranks: Mapping[Modality, int],
+    tokens: Mapping[Modality, int],
+    share: Literal["signal", "tokens"],
+) -> Remainder | None:
+    """Goal and second moment of one linear.
+
+    Args:
+        smoothed: W S_m, float64 [O, I] by modality, text among them.
+        covariances: C_m, float64 [I, I], of the modalities that occurred.
+        ranks: of corrections; a modality without one has none.
+        tokens: how many occurred, by modality.
+        share: lambda_m: ``signal`` takes the inverse energy of the modality's outputs, so that relative errors count
+            alike; ``tokens`` their number, so that every token's error does.
+
+    Returns:
+        None if no token occurred. With equal factors and without corrections B is W S_t and H the plain sum.
+    """
+    text = smoothed[Modality.TEXT]
+    moment = torch.zeros_like(next(iter(covariances.values()))) if covariances else None
+    shift = torch.zeros_like(text)
+    if moment is None:
+        return None
+    for modality, covariance in covariances.items():
+        own = smoothed.get(modality, text)
+        energy = float(((own @ covariance) * own).sum())
+        weight = (1 / energy if energy > 0 else 0.0) if share == "signal" else float(tokens[modality])
+        left = tail(covariance, ranks.get(modality, 0)) * weight
+        moment += left
+        if modality is not Modality.TEXT:
+            shift += (own - text) @ left
+    mean = float(moment.diagonal().mean())
+    if mean <= 0:
+        return None
+    damped = moment + _DAMPING * mean * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    goal = text + torch.linalg.solve(damped, shift.t()).t()
+    return Remainder(goal, moment / mean)
