@@ -88,13 +88,19 @@ class PackedLinear(nn.Module):
         """The packed form of a simulated layer; tensors that need no packing are shared with it.
 
         Raises:
-            ModelError: it has a weight per modality, which cannot be deployed.
+            ModelError: it has a weight per modality, or a rotation behind smoothing, which cannot be deployed.
         """
         if len(layer.weight_modalities) > 1:
             raise ModelError(
                 "a packed linear has one weight for all modalities",
                 value=f"{len(layer.weight_modalities)} weights",
                 remedy="use a method with rounding.per_modality=false, or execution=simulated",
+            )
+        if layer.rotation is not None:
+            raise ModelError(
+                "a packed linear has no rotation behind smoothing",
+                value="rotation hadamard_smoothed",
+                remedy="use execution=simulated, or rotation=hadamard, which lies before smoothing",
             )
         state = layer.state_dict()
         name = Modality.TEXT.name.lower()
