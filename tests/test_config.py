@@ -59,6 +59,8 @@ def test_methods_are_what_the_papers_say() -> None:
         slots[name] = (method.smoothing.kind, method.rounding.kind, method.compensation.kind)
     assert slots == {
         "none": ("none", "none", "none"),
+        "masq": ("modality_convex", "gptq", "whitened_low_rank"),
+        "masq_rot": ("none", "gptq", "whitened_low_rank"),
         "rtn": ("none", "nearest", "none"),
         "smoothquant": ("shared", "nearest", "none"),
         "mas": ("modality_learned", "nearest", "none"),
