@@ -1,0 +1,154 @@
+"""Stages beyond the paper in the walk over the blocks: exact in float, resumed to the bit, within their bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from masq.compensation.config import WhitenedLowRank
+from masq.errors import ConfigError, ModelError
+from masq.models.base import GROUPS, Modality, Role
+from masq.modules.footprint import footprint
+from masq.modules.packed_linear import PackedLinear
+from masq.modules.quant_linear import QuantLinear
+from masq.numerics.affine import quantize as quantize_tensor
+from masq.numerics.hadamard import random_signs, rotate
+from masq.numerics.scheme import Scheme
+from masq.pipeline import loop
+from masq.pipeline.store import ALL_ROLES, BlockStore, block_tensors
+from masq.rounding.config import ClipSearch, GptqRounding
+from masq.transforms.config import (
+    ConvexModalitySmoothing,
+    HadamardRotation,
+    ModalitySmoothing,
+    NoSmoothing,
+    SmoothedHadamardRotation,
+)
+from tests.nano_fixtures import Nano, killed_after, make_nano, nano_model, stages  # noqa: F401
+
+REMAINDER = GptqRounding(tokens="remainder", share="signal", clip=ClipSearch(steps=4))
+FILLED = WhitenedLowRank(rank_ratio=0.1, gauge="searched", ranks="filled")
+CONVEX = ConvexModalitySmoothing(tokens=64, steps=30)
+ARMS = {
+    "masq": {"smoothing": CONVEX, "rounding": REMAINDER, "compensation": FILLED},
+    "masq_rot": {"rotation": HadamardRotation(), "rounding": REMAINDER, "compensation": FILLED},
+    "behind_smoothing": {
+        "rotation": SmoothedHadamardRotation(),
+        "smoothing": CONVEX,
+        "rounding": REMAINDER,
+        "compensation": FILLED,
+    },
+}
+
+
+def run(nano: Nano, folder: Path, arm: str, scheme: str = "w4a6", **changes):
+    stores = {"blocks": BlockStore(folder / "blocks"), "factors": BlockStore(folder / "factors")}
+    made = stages("rtn", scheme, **{**ARMS[arm], **changes})
+    return loop.quantize(nano.adapter, nano.batches, made, nano.context, **stores)
+
+
+def state(nano: Nano) -> dict[str, torch.Tensor]:
+    return {
+        f"{index}.{key}": value.clone()
+        for index, block in enumerate(nano.adapter.blocks())
+        for key, value in block_tensors(block).items()
+    }
+
+
+@pytest.mark.parametrize("arm", list(ARMS))
+def test_every_arm_runs_and_resumes_to_the_bit(tmp_path: Path, arm: str) -> None:
+    whole = make_nano(num_samples=2)
+    report = run(whole, tmp_path / "whole", arm)
+    for block in report.blocks:
+        assert all(0 < value < 80 for value in block["sqnr"].values())
+        assert ("gauge" in block) == (arm != "masq_rot")
+        assert set(block["ranks"]) == {role.value for role in ALL_ROLES}
+    with killed_after(1):
+        run(make_nano(num_samples=2), tmp_path / "killed", arm)
+    resumed = make_nano(num_samples=2)
+    run(resumed, tmp_path / "killed", arm)
+    one, two = state(whole), state(resumed)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_filled_ranks_keep_to_the_bytes_of_equal_ones(tmp_path: Path) -> None:
+    bytes_of = {}
+    for ranks in ("equal", "filled"):
+        nano = make_nano(num_samples=2)
+        run(nano, tmp_path / ranks, "masq", compensation=WhitenedLowRank(rank_ratio=0.1, ranks=ranks))  # type: ignore[arg-type]
+        bytes_of[ranks] = footprint(nano.adapter.blocks()).to_dict()["adapter_bytes"]
+    assert 0.8 * bytes_of["equal"] <= bytes_of["filled"] <= bytes_of["equal"]
+
+
+def test_a_searched_gauge_leaves_no_more_than_the_factors_as_they_are(tmp_path: Path) -> None:
+    nano = make_nano(num_samples=2)
+    compensation = WhitenedLowRank(rank_ratio=0.1, gauge="searched")
+    report = run(nano, tmp_path, "masq", smoothing=ModalitySmoothing(), compensation=compensation)
+    found = [gauge for block in report.blocks for by in block["gauge"].values() for gauge in by.values()]
+    assert len(found) == len(report.blocks) * 3 * 2
+    assert all(gauge["error"] <= min(gauge["given_error"], gauge["text_error"]) for gauge in found)
+
+
+def test_a_rotation_behind_smoothing_is_exact_where_nothing_is_rounded(nano_model: Nano) -> None:  # noqa: F811
+    """Weight codes of 8 bits on a rotated weight, float activations: the layer is the product with what is stored."""
+    fmt = Scheme.preset("w8a8").formats["query"]
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    factors = {m: torch.rand(12, generator=generator) + 0.5 for m in (Modality.TEXT, Modality.VISION)}
+    signs = random_signs(12, 0, "x").float()
+    stored = quantize_tensor(rotate(weight * factors[Modality.TEXT].double(), signs.double()), fmt.weight)
+    layer = QuantLinear(
+        weights={Modality.TEXT: stored}, bias=None, activation=None, context=nano_model.context, smoothing=factors,
+        rotation=signs,
+    )  # fmt: skip
+    modality = torch.tensor([[0, 1, 1, -1]], dtype=torch.int8)
+    nano_model.context.set(modality)
+    x = torch.randn(1, 4, 12, generator=generator)
+    rows = torch.stack([factors[Modality.VISION if m == 1 else Modality.TEXT] for m in modality[0].tolist()])
+    expected = rotate(x[0].double() / rows.double(), signs.double()) @ stored.dequantize(torch.float64).t()
+    assert torch.allclose(layer(x)[0].double(), expected, atol=1e-5)
+    close = (x[0, 0].double() @ weight.t() - layer(x)[0, 0].double()).norm() / (x[0, 0].double() @ weight.t()).norm()
+    assert float(close) < 0.02
+    again = QuantLinear.from_state(
+        layer.state_dict(), weight=fmt.weight, activation=None, context=nano_model.context, dtype=torch.float32
+    )
+    assert torch.equal(again(x), layer(x))
+    nano_model.context.clear()
+    with pytest.raises(ModelError, match="rotation behind smoothing"):
+        PackedLinear.from_simulated(layer)
+
+
+def test_a_rotation_behind_smoothing_helps_planted_outliers(tmp_path: Path) -> None:
+    sqnr = {}
+    for name, rotation in (("with", SmoothedHadamardRotation()), ("without", None)):
+        nano = make_nano(num_samples=2)
+        with torch.no_grad():
+            for block in nano.adapter.blocks():
+                norm = block.norm("qkv")
+                assert norm is not None
+                norm.weight[3] *= 40
+                for role in GROUPS["qkv"]:
+                    block.linear(Role(role)).weight[:, 3] /= 40
+        changes = {} if rotation is None else {"rotation": rotation}
+        made = stages("rtn", "w4a4", **changes)
+        stores = {"blocks": BlockStore(tmp_path / name / "b"), "factors": BlockStore(tmp_path / name / "f")}
+        sqnr[name] = loop.quantize(nano.adapter, nano.batches, made, nano.context, **stores).blocks[0]["sqnr"]
+    assert all(sqnr["with"][m] > sqnr["without"][m] + 1 for m in ("text", "vision", "audio"))
+
+
+def test_nothing_to_search_without_smoothing(tmp_path: Path) -> None:
+    nano = make_nano(num_samples=2)
+    report = run(nano, tmp_path, "masq", smoothing=NoSmoothing())
+    assert all("gauge" not in block for block in report.blocks)
+
+
+def test_a_share_needs_a_remainder() -> None:
+    with pytest.raises(ConfigError, match="remainder"):
+        GptqRounding(share="signal")
+    with pytest.raises(ConfigError, match="power"):
+        ConvexModalitySmoothing(power=1)
+    with pytest.raises(ConfigError, match="at least one group"):
+        SmoothedHadamardRotation(groups=())
