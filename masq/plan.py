@@ -13,19 +13,13 @@ from typing import Any
 
 from masq.config import RunConfig, active_modalities, check_sizes, notes
 from masq.identity import folder_name
-from masq.models.architecture import architecture, count_parameters, input_sizes, linear_shapes
+from masq.models.architecture import architecture, count_parameters, linear_shapes
 from masq.models.config import Architecture
-from masq.models.zoo import embedded_name
 from masq.numerics.scheme import GROUP_ROLES
+from masq.planned_memory import Workload, memory_by_stage
 from masq.stored import DTYPE_BYTES, Stored, stored
 from masq.transforms.config import LearnedSmoothing, MbqSmoothing, SearchedSmoothing, takes_moments
 
-# Tasks of the embedded data by what they need besides text, and tokens of one sample: (embedded model, real model).
-_TASKS = {"text": 3, "vision": 4, "audio": 1}
-_JOINT_TASKS = 3
-_TOKENS = {"zoo": 96, "real": 512}
-_SPLIT_SAMPLES = 400
-_PROCESS_BYTES = 700e6
 # A core: so that half of the committed records took less than planned and half more (tests/test_results.py).
 _FLOPS = {"cpu_core": 140e9, "accelerator": 60e12}
 # Simulated integer products and fake quantization cost about this many float products.
@@ -79,7 +73,7 @@ def plan(config: RunConfig) -> Plan:
     check_sizes(config, sizes)
     weights = stored(config, sizes)
     parameters = count_parameters(sizes)
-    workload = _Workload.of(config)
+    workload = Workload.of(config)
     root = Path(config.output.root)
     pattern = folder_name(config, "*")
     return Plan(
@@ -88,7 +82,7 @@ def plan(config: RunConfig) -> Plan:
         num_parameters=parameters,
         num_weights=weights.num_quantized,
         effective_bits=weights.effective_bits,
-        memory_bytes=_memory(config, sizes, parameters, weights.num_quantized, workload),
+        memory_bytes=memory_by_stage(config, sizes, parameters, weights.num_quantized, workload),
         disk_bytes=_disk(config, sizes, weights, workload),
         seconds=_seconds(config, sizes, parameters, workload),
         steps=tuple(_steps(config, sizes, workload)),
@@ -131,57 +125,7 @@ def render(planned: Plan) -> str:
     return "\n".join(lines + [f"Note: {note}" for note in planned.notes])
 
 
-@dataclass(frozen=True)
-class _Workload:
-    """How much data flows: samples and tokens of calibration and evaluation, and active modalities besides text."""
-
-    num_tasks: int
-    calibration_tokens: int
-    evaluation_samples: int
-    evaluation_tokens: int
-    sample_tokens: int
-    other_modalities: tuple[str, ...]
-
-    @classmethod
-    def of(cls, config: RunConfig) -> _Workload:
-        active = active_modalities(config)
-        joint = _JOINT_TASKS if len(active) == len(_TASKS) else 0
-        num_tasks = sum(_TASKS[name] for name in active) + joint
-        calibration_tasks = len(config.calibration.tasks or ()) or num_tasks
-        evaluation_tasks = len(config.evaluation.tasks or ()) or num_tasks
-        tokens = _TOKENS["real" if embedded_name(config.model.source) is None else "zoo"]
-        samples = evaluation_tasks * (config.evaluation.samples_per_task or _SPLIT_SAMPLES)
-        drawn = config.calibration.samples_per_task or _SPLIT_SAMPLES
-        calibration = 0 if config.method.is_float else config.calibration.samples or calibration_tasks * drawn
-        return cls(evaluation_tasks, calibration * tokens, samples, samples * tokens, tokens, active[1:])
-
-
-def _memory(
-    config: RunConfig, sizes: Architecture, parameters: dict[str, int], num_weights: int, workload: _Workload
-) -> dict[str, float]:
-    """Bytes of the calibration and of the evaluation stage."""
-    width = DTYPE_BYTES[config.model.dtype]
-    model = sum(parameters.values()) * width
-    batch_tokens = config.evaluation.batch_size * workload.sample_tokens
-    logits = 2 * batch_tokens * sizes.vocab_size * 4
-    if config.method.is_float:
-        # Fidelity compares with a second copy even here: its answer, "identical", is a check of the harness.
-        return {"evaluation": _PROCESS_BYTES + 2 * model + logits}
-    # A format without an integer product keeps a float32 copy of the weight beside its codes.
-    has_copy = config.scheme.activation is None
-    quantized = model + num_weights * ((5 if has_copy else 1) - width)
-    cached = 2 * workload.calibration_tokens * sizes.hidden_size * width
-    largest = max(input_sizes(sizes, config.scheme.quantized_roles))
-    moments = 4 * largest**2 * 8 * (1 + len(workload.other_modalities))
-    training = config.calibration.batch_size * workload.sample_tokens * 40 * sizes.intermediate_size
-    block = 3 * 8 * num_weights / sizes.num_layers
-    return {
-        "calibration": _PROCESS_BYTES + model + cached + block + max(moments, training),
-        "evaluation": _PROCESS_BYTES + model + quantized + logits,
-    }
-
-
-def _disk(config: RunConfig, sizes: Architecture, weights: Stored, workload: _Workload) -> float:
+def _disk(config: RunConfig, sizes: Architecture, weights: Stored, workload: Workload) -> float:
     """Block checkpoints hold a byte per code; answers and the record are small, outputs of the float model are not."""
     text = 300.0 * workload.evaluation_samples + 200_000
     if config.evaluation.keep_float:
@@ -194,7 +138,7 @@ def _disk(config: RunConfig, sizes: Architecture, weights: Stored, workload: _Wo
 
 
 def _seconds(
-    config: RunConfig, sizes: Architecture, parameters: dict[str, int], workload: _Workload
+    config: RunConfig, sizes: Architecture, parameters: dict[str, int], workload: Workload
 ) -> dict[str, float]:
     """Time by stage from counted products and assumed speeds."""
     cores = config.threads or os.cpu_count() or 1
@@ -228,7 +172,7 @@ def _seconds(
     return {stage: flops / speed for stage, flops in result.items() if flops}
 
 
-def _compared(config: RunConfig, workload: _Workload) -> int:
+def _compared(config: RunConfig, workload: Workload) -> int:
     """Samples behind SQNR, NLL and KL."""
     count = config.evaluation.fidelity_samples_per_task
     return workload.evaluation_samples if count is None else workload.num_tasks * count
@@ -247,7 +191,7 @@ def _rounding_products(config: RunConfig, sizes: Architecture) -> float:
     return _FLOAT64_COST * products * sizes.num_layers
 
 
-def _search_products(config: RunConfig, sizes: Architecture, workload: _Workload) -> float:
+def _search_products(config: RunConfig, sizes: Architecture, workload: Workload) -> float:
     """Products of every candidate factor with the sampled tokens, or with the second moments of each modality."""
     smoothing, shapes = config.method.smoothing, linear_shapes(sizes)
     assert isinstance(smoothing, SearchedSmoothing)
@@ -266,7 +210,7 @@ def _search_products(config: RunConfig, sizes: Architecture, workload: _Workload
     return products * smoothing.steps * sizes.num_layers
 
 
-def _steps(config: RunConfig, sizes: Architecture, workload: _Workload) -> list[str]:
+def _steps(config: RunConfig, sizes: Architecture, workload: Workload) -> list[str]:
     """What would run, in order."""
     modalities = ", ".join(active_modalities(config))
     method = config.method

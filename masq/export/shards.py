@@ -127,6 +127,8 @@ def write_portions(
     try:
         for tensors in portions:
             writer.add(tensors)
+            # The next piece comes into memory while this name is still bound.
+            del tensors
     finally:
         writer.close()
     writer.finish(metadata(writer.listing))

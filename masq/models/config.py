@@ -7,6 +7,8 @@ from typing import Literal
 
 from masq.errors import ConfigError
 
+RESIDENT_SHARE = 0.5
+"""Weights that would take more of the free memory are streamed where the machine decides."""
 ModalityName = Literal["text", "vision", "audio"]
 
 TAKES: dict[str, tuple[ModalityName, ...]] = {

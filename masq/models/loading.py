@@ -21,6 +21,7 @@ from masq.errors import ModelError
 from masq.files import SCRATCH, require_writable_folder
 from masq.models import checkpoint
 from masq.models.base import Modality
+from masq.models.config import RESIDENT_SHARE
 from masq.models.residence import StreamedResidence
 from masq.models.streaming import CheckpointWeights, WrittenWeights, skeleton
 from masq.models.zoo import PREFIX, embedded_name
@@ -50,8 +51,6 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 DOWNLOADED_CODE = "*.py"
 _ALIGNMENT = 64
-# Weights are loaded into at most so much of the free memory where the machine decides.
-_RESIDENT_SHARE = 0.5
 
 
 def load(config: ModelConfig, scratch: Path | None = None) -> ModelAdapter:
@@ -96,7 +95,7 @@ def streams(config: ModelConfig, folder: Path | None) -> bool:
     entries = checkpoint.headers(folder).items()
     kept = [one["shape"] for name, one in entries if not name.startswith(checkpoint.SKIPPED_PREFIXES)]
     num_bytes = sum(map(math.prod, kept)) * getattr(torch, config.dtype).itemsize
-    return num_bytes > psutil.virtual_memory().available * _RESIDENT_SHARE
+    return num_bytes > psutil.virtual_memory().available * RESIDENT_SHARE
 
 
 def _streamed(
