@@ -77,13 +77,13 @@ def test_methods_are_what_the_papers_say() -> None:
         "mbq": ("mbq", "nearest", "none"),
         "rtn_clip": ("none", "nearest", "none"),
     }
-    searched = {"awq", "mbq", "rtn_clip"}
+    searched = {"awq", "mbq", "rtn_clip", "masq", "masq_rot"}
     clipped = {
         name for name in names("method") if getattr(decode(plain(f"method={name}")).method.rounding, "clip", None)
     }
     assert clipped == searched
     rotated = {name for name in names("method") if decode(plain(f"method={name}")).method.rotation.kind == "hadamard"}
-    assert rotated == {"quarot", "quarot_gptq"}
+    assert rotated == {"quarot", "quarot_gptq", "masq_rot"}
     gauges = {
         name: decode(plain(f"method={name}")).method.compensation.gauge for name in ("masquant", "masquant_gauged")
     }
