@@ -122,16 +122,17 @@ def test_a_rotation_behind_smoothing_is_exact_where_nothing_is_rounded(nano_mode
 
 
 def test_a_rotation_behind_smoothing_helps_where_channels_stand_out(nano_model: Nano) -> None:  # noqa: F811
-    fmt, generator = Scheme.preset("w4a4").formats["query"], torch.Generator().manual_seed(0)
+    wide, narrow = (Scheme.preset(name).formats["query"] for name in ("w8a8", "w4a4"))
+    generator = torch.Generator().manual_seed(0)
     weight = torch.randn(16, 32, generator=generator, dtype=torch.float64)
     x = torch.randn(1, 50, 32, generator=generator)
     x[..., 3] *= 40
     nano_model.context.set(torch.zeros(1, 50, dtype=torch.int8))
     signs, errors = random_signs(32, 0, "x").float(), {}
     for rotation in (signs, None):
-        stored = quantize_tensor(weight if rotation is None else rotate(weight, signs.double()), fmt.weight)
+        stored = quantize_tensor(weight if rotation is None else rotate(weight, signs.double()), wide.weight)
         layer = QuantLinear(
-            weights={Modality.TEXT: stored}, bias=None, activation=fmt.activation, context=nano_model.context,
+            weights={Modality.TEXT: stored}, bias=None, activation=narrow.activation, context=nano_model.context,
             rotation=rotation,
         )  # fmt: skip
         errors[rotation is not None] = float((layer(x).double() - x.double() @ weight.t()).norm())
