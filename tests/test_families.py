@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from masq.config import decode
+from masq.export import checkpoint
 from masq.models.config import TAKES
 from masq.models.zoo import nano
 from masq.plan import plan
-from masq.report.record import RunRecord
-from masq.run import run
+from masq.report.record import RunRecord, comparable
+from masq.run import load_finished, run
 from tests.nano_fixtures import NANO
 from tests.test_run import METHODS, write_split
 
@@ -70,6 +73,23 @@ def test_the_float_model_is_compared_with_itself(splits: dict[str, Path], tmp_pa
     record = run(decode(plain(splits, tmp_path, name, "none")))
     assert set(record.fidelity["sqnr"].values()) == {200.0}
     assert record.fidelity["kl"]["text"] == 0
+
+
+@pytest.mark.parametrize("name", nano.FURTHER)
+def test_streamed_weights_give_the_same_bits(splits: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """Rotated, quantized, scored and exported with weights on disk: as with all of them in memory."""
+    records, exported = {}, {}
+    for weights in ("resident", "streamed"):
+        raw = plain(splits, tmp_path / weights, name, "quarot")
+        raw["model"]["weights"] = weights
+        records[weights] = comparable(run(decode(raw)))
+        [folder] = [path.parent for path in (tmp_path / weights).glob("*/record.json")]
+        checkpoint.save(load_finished(folder), tmp_path / f"{weights}-exported", {})
+        exported[weights] = load_file(tmp_path / f"{weights}-exported" / "model.safetensors")
+    for key in ("scores", "fidelity", "blocks"):
+        assert records["streamed"][key] == records["resident"][key]
+    assert exported["streamed"].keys() == exported["resident"].keys()
+    assert all(torch.equal(exported["streamed"][key], value) for key, value in exported["resident"].items())
 
 
 @pytest.mark.parametrize("name", NANO)

@@ -14,7 +14,9 @@ from masq.config import RunConfig, decode
 from masq.errors import ConfigError, ModelError
 from masq.models.architecture import architecture, count_parameters, input_sizes, linear_shapes
 from masq.models.config import Architecture
+from masq.models.zoo import nano
 from masq.plan import plan, render
+from tests.nano_fixtures import NANO
 
 CONF = Path(__file__).parents[1] / "conf"
 TINY = Architecture(12, 2, 3, 1, 20, 50, tower_parameters=7)
@@ -54,6 +56,12 @@ def test_shapes_follow_an_explicit_head_size() -> None:
         ("qwen3_vl_2b", 2_127_532_032),
         ("qwen3_vl_4b", 4_437_815_808),
         ("qwen3_vl_8b", 8_767_123_696),
+        ("qwen2_audio_7b", 8_397_094_912),
+        ("llava_onevision_0_5b", 893_618_208),
+        ("llava_onevision_7b", 8_030_348_832),
+        ("internvl3_1b", 938_193_024),
+        ("internvl3_2b", 2_088_957_440),
+        ("internvl3_8b", 7_944_373_760),
     ],
 )
 def test_published_sizes_are_met_exactly(model: str, published: int) -> None:
@@ -208,6 +216,17 @@ def test_a_local_checkpoint_tells_its_own_sizes(tmp_path: Path) -> None:
     config = configured("model=qwen2_5_omni_3b", f"model.source={tmp_path / 'omni'}")
     assert architecture(config.model) == replace(TINY, tower_parameters=14)
     assert plan(config).num_parameters["towers"] == 14
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_a_folder_of_every_family_tells_the_sizes_of_its_configuration(tmp_path: Path, name: str) -> None:
+    """From config.json and the headers alone: what the configuration's file says of the same model."""
+    model, _ = nano.build(name, tied=False)
+    model.save_pretrained(tmp_path)
+    config = configured(f"model={name}", "modality=dual")
+    assert config.model.architecture is not None
+    local = replace(config.model, source=str(tmp_path))
+    assert architecture(local) == replace(config.model.architecture, tied_embeddings=False)
 
 
 def test_a_broken_checkpoint_is_one_clear_error(tmp_path: Path) -> None:

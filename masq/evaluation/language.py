@@ -78,6 +78,8 @@ class MasqLm(_HFLM):
             # A sequence begins with its first token, or with the end token where the tokenizer has no other.
             add_bos_token=False,
         )
+        # HFLM asks the model where it is, and weights that are on disk are nowhere.
+        self._device = adapter.device
         # HFLM ties the weights of every model that it is given, if the model's configuration says that they are tied.
         if adapter.head().weight is not weight:
             raise ModelError(

@@ -170,6 +170,10 @@ class ModelAdapter(ABC):
         """Modules that come into memory and go as a whole where weights are streamed; the towers come besides."""
         return [*(block.module for block in self.blocks()), self.embeddings(), self.final_norm(), self.head()]
 
+    def staying_parts(self) -> list[nn.Module]:
+        """Parts that stay in memory where weights are streamed."""
+        return []
+
     def visited_blocks(self, after: After = "forget") -> Iterator[BlockAdapter]:
         """Decoder blocks in order of execution, each with its weights in memory until the loop moves on.
 
@@ -199,6 +203,10 @@ class ModelAdapter(ABC):
     def projectors(self) -> list[nn.Linear]:
         """The linears that write image and audio tokens into the residual stream: the last of each tower."""
 
+    def media_vectors(self) -> list[nn.Embedding]:
+        """Learned vectors that are media tokens as they are, as embeddings over the parameters' own storage."""
+        return []
+
     @abstractmethod
     def placeholders(self) -> dict[int, Modality]:
         """Modality by token id, for the ids that stand for a piece of image, video or audio."""
@@ -225,7 +233,7 @@ class ModelAdapter(ABC):
         """Every module that writes into the residual stream, biases included: a rotation multiplies their outputs."""
         blocks = self.blocks()
         ends = [block.linear(role) for block in blocks for role in (Role.OUTPUT, Role.DOWN)]
-        return [self.embeddings(), *self.projectors(), *ends]
+        return [self.embeddings(), *self.projectors(), *self.media_vectors(), *ends]
 
     def residual_readers(self) -> list[nn.Module]:
         """Every linear that reads the (normed) residual stream: a rotation multiplies their inputs."""

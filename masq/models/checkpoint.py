@@ -7,6 +7,7 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from masq.errors import ModelError
+from masq.models.refused import refusal_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -49,10 +50,12 @@ def check(folder: Path, model_types: Collection[str]) -> dict[str, Any]:
         Its configuration.
 
     Raises:
-        ModelError: a file is missing, truncated or of another kind, the family is another one, or the checkpoint is
-            already quantized.
+        ModelError: a file is missing, truncated or of another kind, the model is one that is refused, the family is
+            another one, or the checkpoint is already quantized.
     """
     config = read_config(folder)
+    if (refusal := refusal_of(config)) is not None:
+        raise ModelError(refusal.rule, value=f"{refusal.value} ({folder})", remedy=refusal.remedy)
     if config["model_type"] not in model_types:
         raise ModelError(
             "the checkpoint must be of the configured family",

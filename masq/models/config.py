@@ -6,14 +6,30 @@ from dataclasses import dataclass
 from typing import Literal
 
 from masq.errors import ConfigError
+from masq.models.refused import REFUSED, REFUSED_FAMILIES
 
 RESIDENT_SHARE = 0.5
 """Weights that would take more of the free memory are streamed where the machine decides."""
 ModalityName = Literal["text", "vision", "audio"]
 
+Family = Literal[
+    "internvl",
+    "llava_onevision",
+    "qwen2_5_omni",
+    "qwen2_5_vl",
+    "qwen2_audio",
+    "qwen3_vl",
+    # Known, and refused with the reason.
+    "minicpm_v",
+    "qwen3_omni_moe",
+]
+
 TAKES: dict[str, tuple[ModalityName, ...]] = {
+    "internvl": ("text", "vision"),
+    "llava_onevision": ("text", "vision"),
     "qwen2_5_omni": ("text", "vision", "audio"),
     "qwen2_5_vl": ("text", "vision"),
+    "qwen2_audio": ("text", "audio"),
     "qwen3_vl": ("text", "vision"),
 }
 """What each family takes, as its adapter says."""
@@ -91,7 +107,7 @@ class ModelConfig:
     """
 
     name: str
-    family: Literal["qwen2_5_omni", "qwen2_5_vl", "qwen3_vl"]
+    family: Family
     source: str
     modalities: tuple[ModalityName, ...]
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -108,13 +124,16 @@ class ModelConfig:
         """Reject impossible models.
 
         Raises:
-            ConfigError: an empty name or source, missing text, modalities that are repeated or that the family does not
-                take, or a reversed pixel budget.
+            ConfigError: a family that is refused, an empty name or source, missing text, modalities that are repeated
+                or that the family does not take, or a reversed pixel budget.
         """
         if not self.name or not self.source:
             raise ConfigError("name and source must not be empty", value=f"name={self.name!r}, source={self.source!r}")
         if "text" not in self.modalities or len(set(self.modalities)) != len(self.modalities):
             raise ConfigError("modalities must contain text, and each once", value=list(self.modalities))
+        if self.family in REFUSED_FAMILIES:
+            refusal = REFUSED[REFUSED_FAMILIES[self.family]]
+            raise ConfigError(refusal.rule, value=refusal.value, remedy=refusal.remedy)
         lacking = [name for name in self.modalities if name not in TAKES[self.family]]
         if lacking:
             raise ConfigError(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch.nn import Module
+
 from masq.errors import ModelError
 from masq.models.base import GROUPS, BlockAdapter, ModelAdapter, Role
+from masq.models.refused import LINEARS
 from masq.models.rotated import RotatedInput
 
 if TYPE_CHECKING:
@@ -90,5 +93,23 @@ class DecoderAdapter(ModelAdapter):
         return self._language_model.norm
 
     def block_attention_kinds(self) -> tuple[str, ...]:
-        """See ``ModelAdapter.block_attention_kinds``."""
-        return tuple(self._language_model.config.layer_types)
+        """See ``ModelAdapter.block_attention_kinds``; a language model that names none has one mask for all."""
+        layers = self._language_model.layers
+        return tuple(getattr(self._language_model.config, "layer_types", None) or ["full_attention"] * len(layers))
+
+    def check_blocks(self) -> None:
+        """See ``ModelAdapter.check_blocks``; also, that every block is of this layout.
+
+        Raises:
+            ModelError: the blocks take different attention masks, or one has a role that is no linear.
+        """
+        super().check_blocks()
+        for index, layer in enumerate(self._language_model.layers):
+            for role, (parent, name) in _PLACES.items():
+                found = getattr(getattr(layer, parent, None), name, None)
+                if not isinstance(found, Module):
+                    raise ModelError(
+                        LINEARS,
+                        value=f"block {index}, a {type(layer).__name__}, has no linear {parent}.{name} for {role}",
+                        remedy="use a dense model: stacked experts and linear attention are not taken",
+                    )

@@ -39,11 +39,17 @@ FAMILIES: Registry[Any] = Registry("model family")
 FAMILIES.register("qwen2_5_vl", "masq.models.qwen2_5_vl:Qwen25VLAdapter")
 FAMILIES.register("qwen2_5_omni", "masq.models.qwen2_5_omni:Qwen25OmniAdapter")
 FAMILIES.register("qwen3_vl", "masq.models.qwen3_vl:Qwen3VLAdapter")
+FAMILIES.register("qwen2_audio", "masq.models.qwen2_audio:Qwen2AudioAdapter")
+FAMILIES.register("llava_onevision", "masq.models.llava_onevision:LlavaOnevisionAdapter")
+FAMILIES.register("internvl", "masq.models.internvl:InternVLAdapter")
 
 ZOO: Registry[Any] = Registry("embedded model")
 ZOO.register("nano_vl", "masq.models.zoo.nano:load")
 ZOO.register("nano_omni", "masq.models.zoo.nano:load")
 ZOO.register("nano_qwen3_vl", "masq.models.zoo.nano:load")
+ZOO.register("nano_qwen2_audio", "masq.models.zoo.nano:load")
+ZOO.register("nano_llava_onevision", "masq.models.zoo.nano:load")
+ZOO.register("nano_internvl", "masq.models.zoo.nano:load")
 ZOO.register("smol_omni", "masq.models.loading:load_smol_omni")
 ZOO.register("smol_vl", "masq.models.loading:load_smol_vl")
 
@@ -83,6 +89,8 @@ def load(config: ModelConfig, scratch: Path | None = None) -> ModelAdapter:
     adapter.modalities = modalities
     if streamed:
         adapter.residence = _streamed(adapter, source, device, scratch or Path(tempfile.gettempdir()))
+        with adapter.residence.present(*adapter.staying_parts(), after="stay"):
+            pass
     return adapter
 
 

@@ -166,12 +166,14 @@ def _process(
         "padding_side": "left",
         "return_tensors": "pt",
     }
-    if images := [image for prompt in prompts for image in prompt.images]:
+    # By prompt: some families treat one picture otherwise than several.
+    if any(images := [prompt.images for prompt in prompts]):
         kwargs["images"] = images
         if (size := _image_size(adapter)) is not None:
             kwargs["images_kwargs"] = {"size": size}
     if waveforms := [_checked_waveform(adapter, sound, prompt.name) for prompt in prompts for sound in prompt.sounds]:
         kwargs["audio"] = waveforms
+        kwargs["audio_kwargs"] = {"sampling_rate": adapter.processor.feature_extractor.sampling_rate}
     if clips := [clip for prompt in prompts for clip in prompt.clips]:
         kwargs |= _clips(clips, [prompt.name for prompt in prompts if prompt.clips])
     features = {name: value for name, value in adapter.processor(**kwargs).items() if isinstance(value, torch.Tensor)}

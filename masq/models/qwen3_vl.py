@@ -77,10 +77,6 @@ class Qwen3VLAdapter(DecoderAdapter):
         config = self.model.config
         return {config.image_token_id: Modality.VISION, config.video_token_id: Modality.VISION}
 
-    def block_attention_kinds(self) -> tuple[str, ...]:
-        """See ``ModelAdapter.block_attention_kinds``: the class knows one mask."""
-        return ("full_attention",) * len(self._language_model.layers)
-
 
 def _hand_down(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Show the decoder layers which features will be added after them.

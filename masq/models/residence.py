@@ -181,11 +181,15 @@ class StreamedResidence(Residence):
             self._evict(part)
 
     def portions(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """See ``Residence.portions``: part by part; what is in no part has no piece."""
-        for name, module in model.named_modules():
-            if module in self._parts:
-                with self.present(module):
-                    yield name, module
+        """See ``Residence.portions``: part by part, and of a module in no part what it holds itself."""
+        if model in self._parts:
+            with self.present(model):
+                yield "", model
+            return
+        yield "", _alone(model)
+        for child, module in model.named_children():
+            for name, piece in self.portions(module):
+                yield f"{child}.{name}" if name else child, piece
 
     def collected(self, tensors: Iterable[torch.Tensor] = ()) -> Collected:
         """See ``Residence.collected``; beyond a bound on memory they lie on disk."""
@@ -272,6 +276,16 @@ def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     if old.is_meta:
         made.masq_away = old  # type: ignore[attr-defined]
     return made
+
+
+def _alone(module: nn.Module) -> nn.Module:
+    """A module with the stored tensors of ``module``, but for those of its children."""
+    alone = nn.Module()
+    for leaf, tensor in module.named_parameters(recurse=False):
+        alone.register_parameter(leaf, tensor)
+    for leaf, tensor in module.named_buffers(recurse=False):
+        alone.register_buffer(leaf, tensor, persistent=leaf not in module._non_persistent_buffers_set)
+    return alone
 
 
 def _cover(model: nn.Module, parts: list[nn.Module]) -> list[nn.Module]:

@@ -65,7 +65,9 @@ def _rotate_ends(adapter: ModelAdapter, signs: torch.Tensor) -> None:
     """Rotate what writes into the residual stream before the first block and reads it behind the last."""
     head, norm, embeddings = adapter.head(), adapter.final_norm(), adapter.embeddings()
     with adapter.residence.present(head, norm, after="spill"):
-        _untie(adapter)
+        # A tied weight is one tensor while both of its places are present.
+        with adapter.residence.present(embeddings):
+            _untie(adapter)
         _fold_norm(norm, [head])
         _rotate_inputs(head, signs)
     with adapter.residence.present(embeddings, after="spill"):
@@ -73,6 +75,9 @@ def _rotate_ends(adapter: ModelAdapter, signs: torch.Tensor) -> None:
     for projector in adapter.projectors():
         with adapter.residence.present(projector, after="spill"):
             _rotate_outputs(projector, signs)
+    # They are beside the parts that come and go, so they are always present.
+    for vectors in adapter.media_vectors():
+        _rotate_outputs(vectors, signs)
 
 
 def _rotate_residual(block: BlockAdapter, signs: torch.Tensor) -> None:

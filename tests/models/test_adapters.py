@@ -10,6 +10,7 @@ from masq.models.base import GROUPS, Modality, Role
 from masq.models.zoo import nano
 from tests.nano_fixtures import NANO, media_of
 
+NEVER_TIED = ("nano_qwen2_audio",)
 UNBIASED = ("nano_qwen3_vl",)
 WIDE_HEADS = ("nano_qwen3_vl",)
 
@@ -117,11 +118,13 @@ def rotate(adapter, orthogonal, skipped=None):
         for group in ("qkv", "gate_up"):
             fold(block.norm(group), [block.linear(role) for role in GROUPS[group]])
     fold(adapter.final_norm(), [adapter.head()])
+    # By storage: a module may be made anew around the parameter each time.
+    left_out = None if skipped is None else skipped.weight.data_ptr()
     for writer in adapter.residual_writers():
-        if writer is not skipped:
+        if writer.weight.data_ptr() != left_out:
             rotate_output(writer, orthogonal)
     for reader in adapter.residual_readers():
-        if reader is not skipped:
+        if reader.weight.data_ptr() != left_out:
             reader.weight.copy_(reader.weight @ orthogonal)
 
 
@@ -206,7 +209,7 @@ def test_tower_writers_write_the_media_tokens(adapter):
 def test_tied_heads_share_their_weight(make_adapter, name):
     for tied in (True, False):
         adapter = make_adapter(name, tied=tied)
-        assert (adapter.head().weight is adapter.embeddings().weight) == tied
+        assert (adapter.head().weight is adapter.embeddings().weight) == (tied and name not in NEVER_TIED)
 
 
 def test_2d_image_positions_need_mm_token_type_ids(make_adapter):

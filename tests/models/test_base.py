@@ -83,11 +83,10 @@ def test_batch_moves_as_a_whole():
 
 def test_modality_of_looks_ids_up(adapter):
     tokenizer = adapter.tokenizer
-    row = [5, tokenizer.image_token_id, tokenizer.video_token_id, tokenizer.eos_token_id, 276]
-    expected = [0, 1, 1, 0, 0]
-    if Modality.AUDIO in adapter.modalities:
-        row.append(tokenizer.audio_token_id)
-        expected.append(2)
+    placeholders = adapter.placeholders()
+    assert set(placeholders.values()) == set(adapter.modalities) - {Modality.TEXT}
+    row = [5, *placeholders, tokenizer.eos_token_id, 276]
+    expected = [0, *map(int, placeholders.values()), 0, 0]
     ids = torch.tensor([row, row])
     assert adapter.modality_of({"input_ids": ids}).tolist() == [expected] * 2
     mask = torch.ones_like(ids)

@@ -13,6 +13,7 @@ from masq.models.conversation import Conversation, kind_of
 from masq.models.qwen2_5_omni import Qwen25OmniAdapter
 from masq.models.qwen2_5_vl import Qwen25VLAdapter
 from masq.models.zoo import nano
+from tests.nano_fixtures import nano_adapter
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (4, 16, 24, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(FRAMES[0])
@@ -97,6 +98,39 @@ def test_a_clip_is_vision_and_is_answered(make: Any) -> None:
     with pytest.raises(DataError, match="one speed.*2, 3 frames"):
         adapter.encode_conversations([said(clip), said({"type": "video", "video": {"frames": FRAMES, "fps": 3.0}})])
     assert len(adapter.generate(batch, 3)) == 2
+
+
+# How a clip of four frames is told, and what of it is text between its frames, by nano model.
+CLIPS = {
+    "nano_qwen3_vl": (2, ("<0.2 seconds>", "<1.2 seconds>")),
+    "nano_internvl": (4, ("Frame1: ", "Frame4: ")),
+    "nano_llava_onevision": (1, ()),
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_clip_of_every_further_family_is_vision_and_is_answered(name: str) -> None:
+    adapter = nano_adapter(name)
+    pieces, written = CLIPS[name]
+    clip = {"type": "video", "video": {"frames": FRAMES, "fps": 2.0}}
+    batch = adapter.encode_conversations([said(clip, text("What moves?")), said(text("Nothing here"), name="r")])
+    assert torch.unique_consecutive(batch.modality[0]).tolist() == [0, *[1, 0] * pieces]
+    assert int(Modality.VISION) not in batch.modality[1]
+    shown = adapter.tokenizer.decode(batch.inputs["input_ids"][0])
+    assert all(part in shown for part in written)
+    assert len(adapter.generate(batch, 3)) == 2
+
+
+def test_several_pictures_of_one_prompt_are_not_cropped() -> None:
+    """LLaVA-OneVision: one picture is a whole view and crops, of several each is a view alone and its end."""
+    adapter = nano_adapter("nano_llava_onevision")
+    one, two = said(image(), text("?")), said(image(), image(), text("?"), name="r")
+    batch = adapter.encode_conversations([one, two, said(text("none"), name="s")])
+    assert batch.inputs["batch_num_images"].tolist() == [1, 2]
+    assert (batch.modality[1] == Modality.VISION).sum() == 2 * (16 + 1)
+    assert (batch.modality[0] == Modality.VISION).sum() > 16 + 1
+    with torch.no_grad():
+        assert adapter.model(**batch.inputs).logits.isfinite().all()
 
 
 def test_sound_is_resampled_and_rescued_from_a_wrong_label() -> None:

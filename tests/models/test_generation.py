@@ -3,13 +3,14 @@ import torch
 from transformers import GenerationConfig
 
 from masq.errors import ModelError
-from masq.models.base import Modality
 from masq.models.generation import _cut, end_ids
 from masq.models.zoo import nano
+from tests.nano_fixtures import media_of
 
 
 def samples_of(adapter):
-    kinds = [("vision",), ()] + ([("audio",), ("vision", "audio")] if Modality.AUDIO in adapter.modalities else [])
+    media = media_of(adapter)
+    kinds = [media[:1], (), *([media[1:], media] if len(media) > 1 else [])]
     return [sample for kind in kinds for sample in nano.random_samples(kind, 1)]
 
 

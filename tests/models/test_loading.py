@@ -283,6 +283,35 @@ def test_a_folder_of_every_further_family_loads_bit_for_bit(tmp_path, name):
     assert all(torch.equal(ours.inputs[key], value) for key, value in theirs.inputs.items())
 
 
+# Names of tensors as the hub has them, where they are not those of memory.
+OLD_NAMES = {
+    "nano_internvl": ("vision_tower", "multi_modal_projector"),
+    "nano_llava_onevision": ("vision_tower", "multi_modal_projector", "image_newline"),
+    "nano_qwen2_audio": ("audio_tower", "multi_modal_projector"),
+}
+
+
+@pytest.mark.parametrize("name", OLD_NAMES)
+@pytest.mark.parametrize("weights", ["resident", "streamed"])
+def test_names_of_older_checkpoints_are_understood(tmp_path, name, weights):
+    """Towers without ``model.``, and the language model with a ``model`` and a head of its own."""
+    model, processor = nano.build(name)
+    state = {}
+    for key, value in model.state_dict().items():
+        old = key.removeprefix("model.")
+        if old.startswith("language_model."):
+            old = old.replace("language_model.", "language_model.model.", 1)
+        state["language_model.lm_head.weight" if key == "lm_head.weight" else old] = value.clone()
+    assert {key.split(".")[0] for key in state} == {"language_model", *OLD_NAMES[name]}
+    model.config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    adapter = loading.load(config(name, tmp_path, weights=weights))
+    batch = adapter.encode(nano.random_samples(KIND[name], 2), with_answer=True)
+    with torch.no_grad():
+        assert torch.equal(adapter.model(**batch.inputs).logits, model(**batch.inputs).logits)
+
+
 def test_families_take_what_the_configuration_says():
     """``masq plan`` must know it before torch is imported, and the adapter is where it is true."""
     assert sorted(TAKES) == loading.FAMILIES.names()

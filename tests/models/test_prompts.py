@@ -11,6 +11,7 @@ from masq.errors import DataError, ModelError
 from masq.models.base import Modality, Sample
 from masq.models.prompts import decode_image, decode_waveform
 from masq.models.zoo import nano
+from tests.nano_fixtures import media_of
 
 
 def flac(num_samples, rate=16000, channels=1):
@@ -41,7 +42,7 @@ def test_prompt_is_the_chat_template_with_image_audio_question(make_adapter):
 
 
 def test_answer_follows_the_same_prompt(adapter):
-    samples = nano.random_samples(("vision",), 2) + nano.random_samples((), 1)
+    samples = nano.random_samples(media_of(adapter)[:1], 2) + nano.random_samples((), 1)
     prompts, whole = (adapter.encode(samples, with_answer=flag) for flag in (False, True))
     for sample, prompt, text in zip(samples, texts(adapter, prompts), texts(adapter, whole), strict=True):
         assert text == prompt + sample.answer + "<|im_end|>"
@@ -53,7 +54,7 @@ def test_answer_follows_the_same_prompt(adapter):
 
 
 def test_padding_is_on_the_left(adapter):
-    samples = nano.random_samples(("vision",), 1) + nano.random_samples((), 2)
+    samples = nano.random_samples(media_of(adapter)[:1], 1) + nano.random_samples((), 2)
     batch = adapter.encode(samples, with_answer=True)
     mask = batch.inputs["attention_mask"]
     assert torch.equal(mask, mask.sort(dim=1).values) and (mask == 0).any()
@@ -79,7 +80,8 @@ def test_prose_is_plain_text_scored_from_its_second_token(adapter):
 
 def test_a_batch_holds_what_its_samples_hold_alone(adapter):
     """Media follow their own sample: first the logits of each alone, then of all in one batch."""
-    kinds = [("vision",), ()] + ([("audio",), ("vision", "audio")] if Modality.AUDIO in adapter.modalities else [])
+    media = media_of(adapter)
+    kinds = [media[:1], (), *([media[1:], media] if len(media) > 1 else [])]
     samples = [sample for kind in kinds for sample in nano.random_samples(kind, 2, seed=5)]
     together = adapter.encode(samples, with_answer=True)
     with torch.no_grad():
@@ -100,6 +102,14 @@ def test_pixel_budget_overrides_the_processor(make_adapter):
     adapter.min_pixels, adapter.max_pixels = 40 * 8 * 8, None
     adapter.processor.image_processor.size["longest_edge"] = 99 * 8 * 8
     assert (adapter.encode(samples, with_answer=False).inputs["image_grid_thw"].prod(-1) >= 160).all()
+
+
+@pytest.mark.parametrize("name", ["nano_internvl", "nano_llava_onevision"])
+def test_a_pixel_budget_needs_a_processor_that_keeps_one(make_adapter, name):
+    adapter = make_adapter(name)
+    adapter.max_pixels = 256
+    with pytest.raises(ModelError, match=r"pixel budget.*ImageProcessor resizes to.*height"):
+        adapter.encode(nano.random_samples(("vision",), 1), with_answer=False)
 
 
 def test_pictures_become_rgb():
@@ -154,9 +164,10 @@ def test_a_modality_that_the_model_lacks_is_refused(make_adapter):
 @pytest.mark.parametrize("field", ["question", "answer"])
 def test_placeholders_in_texts_are_refused(adapter, field):
     (sample,) = nano.random_samples((), 1)
-    bad = dataclasses.replace(sample, **{field: f"see {adapter.tokenizer.image_token} here"})
-    with pytest.raises(DataError, match="placeholder"):
-        adapter.encode([bad], with_answer=True)
+    for placeholder in adapter.tokenizer.convert_ids_to_tokens(list(adapter.placeholders())):
+        bad = dataclasses.replace(sample, **{field: f"see {placeholder} here"})
+        with pytest.raises(DataError, match="placeholder"):
+            adapter.encode([bad], with_answer=True)
 
 
 def test_an_empty_batch_is_refused(adapter):

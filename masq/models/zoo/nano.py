@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     from masq.models.config import ModelConfig
 
 NAMES = ("nano_vl", "nano_omni")
-FURTHER = {"nano_qwen3_vl": "masq.models.zoo.nano_qwen3_vl"}
+FURTHER = {
+    "nano_internvl": "masq.models.zoo.nano_internvl",
+    "nano_llava_onevision": "masq.models.zoo.nano_llava_onevision",
+    "nano_qwen2_audio": "masq.models.zoo.nano_qwen2_audio",
+    "nano_qwen3_vl": "masq.models.zoo.nano_qwen3_vl",
+}
 """Models of further families by name: modules with ``make(tied, attention)`` and whether the head is tied, ``TIED``."""
 RATE = 16000
 PATCH = 4
@@ -38,6 +43,7 @@ SIZES = {
     "max_position_embeddings": 512,
     "vocab_size": 277,
 }
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 VISION = {
     "depth": 2,
