@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 METHODS = (
     *("rtn", "rtn_clip", "smoothquant", "smoothquant_learned", "awq", "mbq", "gptq", "quarot"),
     *("quarot_gptq", "mas", "masquant", "masquant_gauged", "masquant_paper", "masquant_refcode", "qera"),
+    *("masq", "masq_rot"),
 )
 LEARNED_LIMIT, LIMIT = 300, 120
 """Seconds a learned method, and any other, may take on two cores with 128 samples."""
@@ -39,10 +40,12 @@ STAGES = {
     "chains": ["masq.pipeline.chain:advance", "masq.pipeline.learning:run_fake_quantized"],
     "learning": ["masq.pipeline.learning:learn_factors"],
     "statistics": ["masq.calibration.cache:collect"],
-    "compensation": ["masq.pipeline.assembly:whitener", "masq.pipeline.assembly:fit_low_rank"],
+    "gauge": ["masq.pipeline.linears:search_gauge"],
+    "remainder": ["masq.pipeline.linears:remainder"],
+    "compensation": ["masq.pipeline.linears:whitener", "masq.pipeline.linears:fit_low_rank"],
 }
 # Stages that are looked up by kind.
-REGISTRIES = {"smoothing": "masq.pipeline.fitting:SMOOTHING", "rounding": "masq.pipeline.assembly:ROUNDING"}
+REGISTRIES = {"smoothing": "masq.pipeline.fitting:SMOOTHING", "rounding": "masq.pipeline.linears:ROUNDING"}
 REST = "rest"
 
 
