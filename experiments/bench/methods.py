@@ -40,9 +40,9 @@ STAGES = {
     "chains": ["masq.pipeline.chain:advance", "masq.pipeline.learning:run_fake_quantized"],
     "learning": ["masq.pipeline.learning:learn_factors"],
     "statistics": ["masq.calibration.cache:collect"],
-    "gauge": ["masq.pipeline.linears:search_gauge"],
+    "gauge": ["masq.pipeline.group_input:search_gauge"],
     "remainder": ["masq.pipeline.linears:remainder"],
-    "compensation": ["masq.pipeline.linears:whitener", "masq.pipeline.linears:fit_low_rank"],
+    "compensation": ["masq.pipeline.linears:second_moments", "masq.pipeline.linears:fit_low_rank"],
 }
 # Stages that are looked up by kind.
 REGISTRIES = {"smoothing": "masq.pipeline.fitting:SMOOTHING", "rounding": "masq.pipeline.linears:ROUNDING"}

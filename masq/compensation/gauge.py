@@ -9,12 +9,13 @@ Shapes: n tokens, I input channels, O output channels, R rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
 from masq.numerics.affine import fake_quantize
-from masq.numerics.linalg import whitener
+from masq.numerics.linalg import damped_cholesky
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Values of g that are tried."""
-_COARSE = (-0.4, 0.0, 0.4)
-_FINE = (-0.2, 0.2, -0.1, 0.1, -0.05, 0.05)
+# Steps of log c, each taken from the best so far.
+_STEPS = (-0.4, 0.4, -0.2, 0.2, -0.1, 0.1, -0.05, 0.05)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,11 @@ class GaugedLinear:
     stored: torch.Tensor
     rank: int
     activation: TensorFormat | None
+
+    @cached_property
+    def products(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """W^T W, W_hat^T W and W_hat^T W_hat, float64 [I, I]: the same for every modality and factor."""
+        return self.weight.t() @ self.weight, self.stored.t() @ self.weight, self.stored.t() @ self.stored
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class Gauge:
 class PostCorrectionError:
     """Relative output error of the tokens of one modality once every linear of the group is corrected.
 
-    For rows X and a factor S, with ``A = X / S`` and T the square root of A's damped second moment, it is
+    For rows X and a factor S, with ``A = X / S`` and T a square root of A's damped second moment, it is
 
         sum_l (tail_R |T (W S - W_hat)^T|^2 + mean_t |(a_t - Q(a_t)) W_hat^T|^2) / tr(W H W^T),
 
@@ -119,8 +125,10 @@ class PostCorrectionError:
             self._of(strength), self._linears, self._signal, strict=True
         ):
             gram = both - shrink * cross + shrink**2 * stored
-            values = torch.linalg.eigvalsh(gram)
-            left = float(values[: len(values) - one.rank].clamp(min=0).sum())
+            # float32 is enough once the difference is formed: what matters is a share of the largest eigenvalues.
+            scale = max(float(gram.diagonal().max()), 1e-300)
+            values = torch.linalg.eigvalsh((gram / scale).float())
+            left = scale * float(values[: len(values) - one.rank].double().clamp(min=0).sum())
             total += (left + shrink**2 * noise) / signal if signal > 0 else 0.0
         return total
 
@@ -132,42 +140,57 @@ class PostCorrectionError:
 
     def _measure(self, factor: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]]:
         inverse = factor.reciprocal()
-        turned = self._turn(self._turn(self._moment * torch.outer(inverse, inverse)).t())
-        root = whitener((turned + turned.t()) / 2, self._damping).sqrt
+        covariance = self._both_sides(self._moment * torch.outer(inverse, inverse))
+        root = damped_cholesky(covariance, self._damping)
         smoothed = self._turn(self._rows * inverse.float())
+        noises: dict[TensorFormat, torch.Tensor] = {}
         found = []
         for one in self._linears:
-            p, q = root @ self._turn(one.weight * factor).t(), root @ one.stored.t()
-            if p.shape[0] > p.shape[1]:
-                p, q = p.t(), q.t()
             noise = 0.0
             if one.activation is not None and len(smoothed):
-                error = smoothed - fake_quantize(smoothed, one.activation)
-                noise = float((error @ one.stored.float().t()).square().sum()) / len(smoothed)
-            cross = p @ q.t()
-            found.append((p @ p.t(), cross + cross.t(), q @ q.t(), noise))
+                if one.activation not in noises:
+                    error = smoothed - fake_quantize(smoothed, one.activation)
+                    noises[one.activation] = (error.t() @ error).double() / len(smoothed)
+                noise = float((noises[one.activation] * one.products[2]).sum())
+            found.append((*self._grams(one, factor, root), noise))
         return found
+
+    def _grams(
+        self, one: GaugedLinear, factor: torch.Tensor, root: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """On the smaller side of the weight."""
+        outputs, inputs = one.weight.shape
+        if outputs < inputs:
+            p, q = self._turn(one.weight * factor) @ root, one.stored @ root
+            cross = p @ q.t()
+            return p @ p.t(), cross + cross.t(), q @ q.t()
+        weight, mixed, stored = one.products
+        both = root.t() @ self._both_sides(weight * torch.outer(factor, factor)) @ root
+        cross = root.t() @ self._turn(mixed * factor) @ root
+        return both, cross + cross.t(), root.t() @ stored @ root
+
+    def _both_sides(self, matrix: torch.Tensor) -> torch.Tensor:
+        """R^T M R of a symmetric M, exactly symmetric."""
+        turned = self._turn(self._turn(matrix).t())
+        return (turned + turned.t()) / 2
 
 
 def search_gauge(error: PostCorrectionError) -> tuple[torch.Tensor, Gauge]:
-    """The factor of the family with the least error, on a grid of g and a line search in c.
+    """The factor of the family with the least error: first g, at the geometric mean of text's factor, then c.
 
-    c starts at 1 and at the geometric mean of text's factor; (1, 1) and g = 0 are always among what is compared.
+    (1, 1) and g = 0 are always among what is compared.
 
     Returns:
         The factor, float32 [I], and what was chosen.
     """
     matching = error.matching_scale()
-    found = {(1.0, 0.0): error(1.0, 0.0), (0.0, 0.0): error(0.0, 0.0)}
-    for strength in STRENGTHS[1:]:
-        for offset in _COARSE:
-            found[strength, matching + offset] = error(strength, matching + offset)
-    strength, scale = min(found, key=lambda key: found[key])
-    if strength > 0:
-        for offset in _FINE:
-            _, best = min(found, key=lambda key: found[key])
-            found[strength, best + offset] = error(strength, best + offset)
+    points = [(1.0, 0.0), (0.0, 0.0), *((strength, matching) for strength in STRENGTHS[1:])]
+    found = {point: error(*point) for point in points}
+    for step in _STEPS:
         strength, scale = min(found, key=lambda key: found[key])
+        if strength > 0:
+            found[strength, scale + step] = error(strength, scale + step)
+    strength, scale = min(found, key=lambda key: found[key])
     return error.factor(strength, scale), Gauge(
         strength=strength,
         scale=float(torch.tensor(scale, dtype=torch.float64).exp()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -31,40 +32,92 @@ class Whitener:
     max_eigenvalue: float
 
 
-def whitener(covariance: torch.Tensor, damping: float) -> Whitener:
-    """Factor a symmetric positive semidefinite matrix by its eigen-decomposition.
-
-    Negative eigenvalues (rounding) count as zero. The all-zero matrix weighs every direction alike, so it gets T = I
-    (reported as damping 1).
+class SecondMoment:
+    """A symmetric positive semidefinite matrix whose eigen-decomposition is computed once, when it is first needed.
 
     Args:
-        covariance: symmetric [d, d]; computed in float64.
-        damping: added to every eigenvalue, relative to their mean; 0 is legal for a well-conditioned matrix.
+        matrix: C, symmetric [d, d]; kept as float64.
+
+    Attributes:
+        matrix: C, float64 [d, d].
 
     Raises:
-        NumericalError: not square, not finite, not symmetric, negative damping, or singular after damping.
+        NumericalError: not square, not finite or not symmetric.
     """
-    matrix = covariance.double()
-    _check_covariance(matrix, damping)
-    eigenvalues, vectors = torch.linalg.eigh(matrix)
-    num_channels = matrix.shape[0]
-    lowest, highest = float(eigenvalues[0]), float(eigenvalues[-1])
-    added = damping * float(eigenvalues.mean()) if highest > 0 else 1.0
-    roots = eigenvalues.clamp(min=0).add(added).sqrt()
-    threshold = num_channels * torch.finfo(torch.float64).eps * highest
-    if float(roots[0]) ** 2 <= threshold:
-        raise NumericalError(
-            "the second moment must be invertible after damping",
-            value=f"smallest eigenvalue {lowest:.3g}, largest {highest:.3g}, damping {damping:g}",
-            remedy="raise method.compensation.damping, or calibrate on more tokens than channels",
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self.matrix = matrix.double()
+        _check_second_moment(self.matrix)
+
+    @cached_property
+    def _eigen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Eigenvalues [d], ascending, and eigenvectors [d, d] in columns."""
+        values, vectors = torch.linalg.eigh(self.matrix)
+        return values, vectors
+
+    def root(self, damping: float) -> Whitener:
+        """The square root of the damped matrix.
+
+        Negative eigenvalues (rounding) count as zero. The all-zero matrix weighs every direction alike, so it gets
+        T = I (reported as damping 1).
+
+        Args:
+            damping: added to every eigenvalue, relative to their mean; 0 is legal for a well-conditioned matrix.
+
+        Raises:
+            NumericalError: negative damping, or singular after damping.
+        """
+        _check_damping(damping)
+        values, vectors = self._eigen
+        lowest, highest = float(values[0]), float(values[-1])
+        added = damping * float(values.mean()) if highest > 0 else 1.0
+        roots = values.clamp(min=0).add(added).sqrt()
+        if float(roots[0]) ** 2 <= len(values) * torch.finfo(torch.float64).eps * highest:
+            raise _singular(f"smallest eigenvalue {lowest:.3g}, largest {highest:.3g}, damping {damping:g}")
+        return Whitener(
+            sqrt=(vectors * roots) @ vectors.t(),
+            inverse_sqrt=(vectors / roots) @ vectors.t(),
+            damping=added,
+            min_eigenvalue=lowest,
+            max_eigenvalue=highest,
         )
-    return Whitener(
-        sqrt=(vectors * roots) @ vectors.t(),
-        inverse_sqrt=(vectors / roots) @ vectors.t(),
-        damping=added,
-        min_eigenvalue=lowest,
-        max_eigenvalue=highest,
-    )
+
+    def tail(self, rank: int) -> torch.Tensor:
+        """The matrix without its ``rank`` strongest eigen-directions: float64 [d, d]; rank 0 leaves it as it is."""
+        if rank == 0:
+            return self.matrix
+        values, vectors = self._eigen
+        kept = values[: len(values) - rank].clamp(min=0)
+        basis = vectors[:, : len(kept)]
+        return (basis * kept) @ basis.t()
+
+
+def whitener(covariance: torch.Tensor, damping: float) -> Whitener:
+    """``SecondMoment(covariance).root(damping)``."""
+    return SecondMoment(covariance).root(damping)
+
+
+def damped_cholesky(covariance: torch.Tensor, damping: float) -> torch.Tensor:
+    """Lower triangular L of ``C + damping I = L L^T``: any square root will do where only norms count.
+
+    Args:
+        covariance: C, symmetric positive semidefinite [d, d].
+        damping: relative to the mean eigenvalue; the all-zero matrix gives L = I, as for ``SecondMoment.root``.
+
+    Returns:
+        float64 [d, d].
+
+    Raises:
+        NumericalError: negative damping, or singular after damping.
+    """
+    _check_damping(damping)
+    matrix = covariance.double()
+    mean = float(matrix.diagonal().mean())
+    added = damping * mean if mean > 0 else 1.0
+    factor, failed = torch.linalg.cholesky_ex(matrix + added * torch.eye(len(matrix), dtype=matrix.dtype).to(matrix))
+    if int(failed):
+        raise _singular(f"mean eigenvalue {mean:.3g}, damping {damping:g}")
+    return factor
 
 
 def truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -108,14 +161,25 @@ def _leading_eigenvectors(gram: torch.Tensor, rank: int) -> torch.Tensor:
     return torch.linalg.eigh(gram).eigenvectors[:, gram.shape[0] - rank :]
 
 
-def _check_covariance(matrix: torch.Tensor, damping: float) -> None:
+def _check_second_moment(matrix: torch.Tensor) -> None:
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
         raise NumericalError("a second moment must be square", value=tuple(matrix.shape), remedy="pass [d, d]")
     _check_finite(matrix, "a second moment")
     if float((matrix - matrix.t()).abs().max()) > 1e-9 * float(matrix.abs().max()):
         raise NumericalError("a second moment must be symmetric", value="C != C^T", remedy="pass X^T X / N")
+
+
+def _check_damping(damping: float) -> None:
     if not 0 <= damping < float("inf"):
         raise NumericalError("damping must be at least 0 and finite", value=damping, remedy="set it to 1e-4")
+
+
+def _singular(value: str) -> NumericalError:
+    return NumericalError(
+        "the second moment must be invertible after damping",
+        value=value,
+        remedy="raise method.compensation.damping, or calibrate on more tokens than channels",
+    )
 
 
 def _check_finite(matrix: torch.Tensor, what: str) -> None:

@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from masq.models.base import Modality
+from masq.numerics.linalg import damped_cholesky
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from masq.numerics.linalg import SecondMoment
 
 # Of the mean of H's diagonal, added to it where it is inverted: directions that no token uses keep the weight of text.
 _DAMPING = 1e-3
@@ -39,19 +42,9 @@ class Remainder:
     moment: torch.Tensor
 
 
-def tail(covariance: torch.Tensor, rank: int) -> torch.Tensor:
-    """A symmetric positive matrix [I, I] without its ``rank`` strongest eigen-directions; rank 0 leaves it as it is."""
-    if rank == 0:
-        return covariance
-    values, vectors = torch.linalg.eigh(covariance)
-    kept = values[: len(values) - rank].clamp(min=0)
-    basis = vectors[:, : len(kept)]
-    return (basis * kept) @ basis.t()
-
-
 def remainder(
     smoothed: Mapping[Modality, torch.Tensor],
-    covariances: Mapping[Modality, torch.Tensor],
+    covariances: Mapping[Modality, SecondMoment],
     ranks: Mapping[Modality, int],
     tokens: Mapping[Modality, int],
     share: Literal["signal", "tokens"],
@@ -60,7 +53,7 @@ def remainder(
 
     Args:
         smoothed: W S_m, float64 [O, I] by modality, text among them.
-        covariances: C_m, float64 [I, I], of the modalities that occurred.
+        covariances: C_m, [I, I], of the modalities that occurred; linears that read the same input share them.
         ranks: of corrections; a modality without one has none.
         tokens: how many occurred, by modality.
         share: lambda_m: ``signal`` takes the inverse energy of the modality's outputs, so that relative errors count
@@ -70,21 +63,19 @@ def remainder(
         None if no token occurred. With equal factors and without corrections B is W S_t and H the plain sum.
     """
     text = smoothed[Modality.TEXT]
-    moment = torch.zeros_like(next(iter(covariances.values()))) if covariances else None
-    shift = torch.zeros_like(text)
-    if moment is None:
+    if not covariances:
         return None
+    moment, shift = torch.zeros_like(next(iter(covariances.values())).matrix), torch.zeros_like(text)
     for modality, covariance in covariances.items():
         own = smoothed.get(modality, text)
-        energy = float(((own @ covariance) * own).sum())
+        energy = float(((own @ covariance.matrix) * own).sum())
         weight = (1 / energy if energy > 0 else 0.0) if share == "signal" else float(tokens[modality])
-        left = tail(covariance, ranks.get(modality, 0)) * weight
+        left = covariance.tail(ranks.get(modality, 0)) * weight
         moment += left
         if modality is not Modality.TEXT:
             shift += (own - text) @ left
     mean = float(moment.diagonal().mean())
     if mean <= 0:
         return None
-    damped = moment + _DAMPING * mean * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    goal = text + torch.linalg.solve(damped, shift.t()).t()
+    goal = text + torch.cholesky_solve(shift.t(), damped_cholesky(moment, _DAMPING)).t()
     return Remainder(goal, moment / mean)

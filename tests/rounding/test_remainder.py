@@ -10,10 +10,11 @@ import torch
 from masq.calibration.statistics import GroupStatistics
 from masq.compensation.low_rank import fit_low_rank_from_covariance
 from masq.models.base import Modality
+from masq.numerics.linalg import SecondMoment
 from masq.numerics.scheme import Scheme
 from masq.rounding.config import GptqRounding
 from masq.rounding.gptq import round_gptq
-from masq.rounding.remainder import remainder, tail
+from masq.rounding.remainder import remainder
 from masq.rounding.stages import pooled_moment
 
 TEXT, VISION, AUDIO = Modality.TEXT, Modality.VISION, Modality.AUDIO
@@ -31,13 +32,17 @@ def covariances(seed: int, inputs: int = 20) -> dict[Modality, torch.Tensor]:
     return found
 
 
+def shared(moments: dict[Modality, torch.Tensor]) -> dict[Modality, SecondMoment]:
+    return {m: SecondMoment(moment) for m, moment in moments.items()}
+
+
 def weight(seed: int = 0, inputs: int = 20) -> torch.Tensor:
     return torch.randn(12, inputs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_without_corrections_and_with_one_factor_it_is_gptq_on_the_summed_hessian() -> None:
     moments, smoothed = covariances(0), weight()
-    goal = remainder(dict.fromkeys(TOKENS, smoothed), moments, {}, TOKENS, "tokens")
+    goal = remainder(dict.fromkeys(TOKENS, smoothed), shared(moments), {}, TOKENS, "tokens")
     assert goal is not None
     pooled = pooled_moment(GroupStatistics(second_moment=moments, num_tokens=TOKENS), {})
     assert pooled is not None
@@ -52,7 +57,7 @@ def test_without_corrections_and_with_one_factor_it_is_gptq_on_the_summed_hessia
 def test_the_tail_loses_the_strongest_directions(rank: int) -> None:
     matrix = covariances(1)[VISION]
     values = torch.linalg.eigvalsh(matrix)
-    left = torch.linalg.eigvalsh(tail(matrix, rank))
+    left = torch.linalg.eigvalsh(SecondMoment(matrix).tail(rank))
     expected = torch.cat([torch.zeros(rank, dtype=torch.float64), values[: 20 - rank]]).sort().values
     assert torch.allclose(left.sort().values, expected, atol=1e-9 * float(values[-1]))
 
@@ -62,13 +67,13 @@ def test_the_goal_minimises_the_sum_it_stands_for(share: str) -> None:
     moments, base = covariances(2), weight()
     generator = torch.Generator().manual_seed(5)
     smoothed = {m: base * torch.rand(20, generator=generator, dtype=torch.float64).add(0.5) for m in TOKENS}
-    goal = remainder(smoothed, moments, {VISION: 3, AUDIO: 2}, TOKENS, share)  # type: ignore[arg-type]
+    goal = remainder(smoothed, shared(moments), {VISION: 3, AUDIO: 2}, TOKENS, share)  # type: ignore[arg-type]
     assert goal is not None
 
     def total(found: torch.Tensor) -> float:
         result = 0.0
         for modality, moment in moments.items():
-            left = tail(moment, {VISION: 3, AUDIO: 2}.get(modality, 0))
+            left = SecondMoment(moment).tail({VISION: 3, AUDIO: 2}.get(modality, 0))
             error = smoothed[modality] - found
             energy = float(((smoothed[modality] @ moment) * smoothed[modality]).sum())
             weight_of = TOKENS[modality] if share == "tokens" else 1 / energy
@@ -108,7 +113,7 @@ def test_on_average_less_is_left_after_corrections_than_behind_a_plain_sum() -> 
         generator = torch.Generator().manual_seed(seed)
         smoothed = {m: base * torch.rand(20, generator=generator, dtype=torch.float64).add(2) for m in TOKENS}
         plain = pooled_moment(GroupStatistics(second_moment=moments, num_tokens=TOKENS), {})
-        goal = remainder(smoothed, moments, ranks, TOKENS, "signal")
+        goal = remainder(smoothed, shared(moments), ranks, TOKENS, "signal")
         assert plain is not None
         assert goal is not None
         pairs = ((goal.weight, goal.moment), (smoothed[TEXT], plain))
@@ -120,4 +125,4 @@ def test_on_average_less_is_left_after_corrections_than_behind_a_plain_sum() -> 
 def test_no_token_no_goal() -> None:
     assert remainder({TEXT: weight()}, {}, {}, {}, "tokens") is None
     nothing = {TEXT: torch.zeros(20, 20, dtype=torch.float64)}
-    assert remainder({TEXT: weight()}, nothing, {}, {TEXT: 3}, "signal") is None
+    assert remainder({TEXT: weight()}, shared(nothing), {}, {TEXT: 3}, "signal") is None
