@@ -21,7 +21,7 @@ from masq.config import RunConfig, to_dict
 CLAIMS = Path(__file__).with_name("audit_claims.yaml")
 ORIGINS = ("paper", "reference code", "reference scripts", "published", "assumed", "ours")
 """Strongest first: the method's paper, its code, the scripts with it, a usual value, our reading, our choice."""
-SLOTS = ("rotation", "smoothing", "rounding", "compensation")
+SLOTS = ("rotation", "centring", "smoothing", "rounding", "compensation")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from masq.errors import ConfigError, MasqError, suggestion
 from masq.sweep import attempt, show_progress, write_outcome
 
 _CONFIG_NAME = "run"
-_SLOTS = ("rotation", "smoothing", "rounding", "compensation")
+_SLOTS = ("rotation", "centring", "smoothing", "rounding", "compensation")
 _OVERRIDE = re.compile(r"^(?P<prefix>\+{1,2}|~|)(?P<key>[^=]+)(?:=(?P<value>.*))?$", re.DOTALL)
 
 

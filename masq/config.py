@@ -21,14 +21,8 @@ from masq.kernels import AUTO, KERNELS
 from masq.models.config import Architecture, ModelConfig
 from masq.numerics.scheme import Scheme
 from masq.rounding.config import NearestRounding, NoRounding, Rounding
-from masq.transforms.config import (
-    LearnedSmoothing,
-    NoRotation,
-    NoSmoothing,
-    Rotation,
-    SearchedSmoothing,
-    Smoothing,
-)
+from masq.transforms.config import LearnedSmoothing, NoSmoothing, SearchedSmoothing, Smoothing
+from masq.transforms.frame import Centring, NoCentring, NoRotation, Rotation
 
 _MODALITY_SMOOTHING = ("modality", "modality_learned")
 
@@ -46,12 +40,13 @@ class ModalityConfig:
 
 @dataclass(frozen=True, slots=True)
 class MethodConfig:
-    """A method: four slots. No code asks for its name.
+    """A method: five slots. No code asks for its name.
 
     Attributes:
         name: shown in tables and folder names.
         description: one line, shown by ``masq plan``.
         rotation: exact rewrite of the basis of the residual stream, of heads, and of what ``down`` reads.
+        centring: exact rewrite that moves what the tokens of a modality have in common into a bias.
         smoothing: exact rewrite that moves scale from activations into weights.
         rounding: from float weights to integers; ``none`` leaves the model as it was loaded.
         compensation: correction of the error that is left.
@@ -60,6 +55,7 @@ class MethodConfig:
     name: str
     description: str = ""
     rotation: Rotation = field(default_factory=NoRotation)
+    centring: Centring = field(default_factory=NoCentring)
     smoothing: Smoothing = field(default_factory=NoSmoothing)
     rounding: Rounding = field(default_factory=NearestRounding)
     compensation: Compensation = field(default_factory=NoCompensation)
@@ -111,7 +107,7 @@ class RunConfig:
         model: what is loaded.
         modality: the active modalities.
         scheme: number formats.
-        method: the four slots.
+        method: the five slots.
         calibration: what is looked at.
         evaluation: what is scored.
         output: where results go.
@@ -236,15 +232,21 @@ def _check_method(method: MethodConfig) -> None:
     if not name:
         raise ConfigError("method.name must not be empty", value="''")
     if isinstance(rounding, NoRounding):
-        others = {"rotation": method.rotation, "smoothing": method.smoothing, "compensation": method.compensation}
-        busy = [f"{slot}={stage.kind}" for slot, stage in others.items() if stage.kind != "none"]
+        slots = ("rotation", "centring", "smoothing", "compensation")
+        busy = [f"{slot}={kind}" for slot in slots if (kind := getattr(method, slot).kind) != "none"]
         if busy:
             raise ConfigError(
-                f"method {name} rounds nothing, so it can neither rotate nor smooth nor compensate",
+                f"method {name} rounds nothing, so it can neither rotate nor centre nor smooth nor compensate",
                 value=", ".join(busy),
                 remedy="set method.rounding=nearest, or the others to none",
             )
         return
+    if method.centring.kind != "none" and isinstance(method.smoothing, LearnedSmoothing | SearchedSmoothing):
+        raise ConfigError(
+            "inputs are centred before factors are fitted in closed form, not where they are learned or searched",
+            value=f"method.centring={method.centring.kind}, method.smoothing={smoothing}",
+            remedy="set method.smoothing=modality_convex, modality, shared or none, or method.centring=none",
+        )
     if not method.stores_weight_per_modality:
         return
     if smoothing not in _MODALITY_SMOOTHING:

@@ -26,6 +26,7 @@ def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
         (plain["calibration"], "samples", None),
         (plain["calibration"], "mix", None),
         (plain["calibration"], "chain", "quantized"),
+        (plain["method"], "centring", {"kind": "none"}),
     ):
         if group.get(key) == not_there:
             group.pop(key, None)

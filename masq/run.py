@@ -207,6 +207,7 @@ def _stages(config: RunConfig) -> Stages:
         config.scheme,
         config.seed,
         method.rotation,
+        method.centring,
         config.calibration.chain,
     )
 

@@ -11,7 +11,7 @@ from masq.models.architecture import input_sizes, linear_shapes
 from masq.models.config import Architecture
 from masq.numerics.paley import factor
 from masq.numerics.scheme import GROUP_ROLES, GroupName, Scheme
-from masq.transforms.config import Rotation
+from masq.transforms.frame import Rotation
 
 
 def check(

@@ -14,9 +14,16 @@ from masq.compensation.config import Compensation
 from masq.compose import compose
 from masq.config import CalibrationConfig
 from masq.rounding.config import ClipSearch, Rounding
-from masq.transforms.config import Rotation, Smoothing
+from masq.transforms.config import Smoothing
+from masq.transforms.frame import Centring, Rotation
 
-KINDS = {"rotation": Rotation, "smoothing": Smoothing, "rounding": Rounding, "compensation": Compensation}
+KINDS = {
+    "rotation": Rotation,
+    "centring": Centring,
+    "smoothing": Smoothing,
+    "rounding": Rounding,
+    "compensation": Compensation,
+}
 METHODS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "method").glob("*.yaml"))
 MODEL, OVERRIDES = "model=qwen2_5_omni_3b", "scheme.overrides=[{roles:[down],skip:true}]"
 

@@ -17,7 +17,7 @@ from masq.errors import ConfigError
 
 CONF = Path(__file__).parents[1] / "conf"
 # The stages of a method are groups of their own, mounted inside `method`.
-SLOTS = ("rotation", "smoothing", "rounding", "compensation")
+SLOTS = ("rotation", "centring", "smoothing", "rounding", "compensation")
 APART = ("experiment", "hydra")
 # Experiments are lists of sweeps, tests/experiment composes their cells; launchers are Hydra's.
 FILES = [path for path in sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml")) if path.parts[0] not in APART]

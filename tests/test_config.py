@@ -380,8 +380,15 @@ def test_a_size_without_a_hadamard_matrix_is_refused_with_the_part_to_leave_out(
 
 
 def test_the_float_model_is_not_rotated() -> None:
-    with pytest.raises(ConfigError, match="neither rotate nor smooth"):
+    with pytest.raises(ConfigError, match="neither rotate nor centre nor smooth"):
         decode(plain("method=none", "rotation@method.rotation=hadamard"))
+
+
+def test_learned_or_searched_factors_know_no_centres() -> None:
+    for smoothing in ("modality_learned", "awq"):
+        with pytest.raises(ConfigError, match="fitted in closed form"):
+            decode(plain("centring@method.centring=modality", f"smoothing@method.smoothing={smoothing}"))
+    assert decode(plain("centring@method.centring=modality", "method=smoothquant")).method.centring.kind == "modality"
 
 
 def test_learned_smoothing_of_float_linears_is_refused() -> None:

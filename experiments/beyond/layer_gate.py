@@ -62,7 +62,14 @@ def stages_of(config: RunConfig) -> Stages:
     method = config.method
     assert not isinstance(method.rounding, NoRounding)
     return Stages(
-        method.smoothing, method.rounding, method.compensation, config.scheme, config.seed, method.rotation, "float"
+        method.smoothing,
+        method.rounding,
+        method.compensation,
+        config.scheme,
+        config.seed,
+        method.rotation,
+        method.centring,
+        "float",
     )
 
 

@@ -35,17 +35,19 @@ class Request:
         second_moment: groups whose second moment is wanted as well.
         moments_of: the modalities whose second moment is wanted there.
         sample: tokens whose inputs to ``groups`` are wanted, and with them the mean |x|.
+        centres: groups whose centres are wanted, and with them both ends of each channel.
     """
 
     groups: Collection[str] = ()
     second_moment: Collection[str] = ()
     moments_of: Collection[Modality] = tuple(Modality)
     sample: TokenSample | None = None
+    centres: Collection[str] = ()
 
     @property
     def wanted(self) -> list[str]:
         """Every group that is looked at, in the order of a block."""
-        return [group for group in GROUPS if group in self.groups or group in self.second_moment]
+        return [group for group in GROUPS if {group} & {*self.groups, *self.second_moment, *self.centres}]
 
     @property
     def rows_of(self) -> Collection[str]:
@@ -72,6 +74,7 @@ class Request:
             second_moment=self.second_moment,
             moments_of=self.moments_of,
             sample=self.sample,
+            centres=self.centres,
         )
 
 
@@ -83,7 +86,8 @@ def _moved(found: GroupStatistics, device: torch.device) -> GroupStatistics:
     def to(tensors: Mapping[Modality, torch.Tensor]) -> dict[Modality, torch.Tensor]:
         return {which: tensor.to(device) for which, tensor in tensors.items()}
 
-    return replace(found, abs_max=to(found.abs_max), second_moment=to(found.second_moment), abs_mean=to(found.abs_mean))
+    tensors = ("abs_max", "second_moment", "abs_mean", "low", "high", "centre", "mean")
+    return replace(found, **{name: to(getattr(found, name)) for name in tensors})
 
 
 class StatisticsCache:
@@ -122,6 +126,7 @@ class StatisticsCache:
             request,
             groups=[group for group in request.groups if group not in known or group in request.rows_of],
             second_moment=[group for group in request.second_moment if group not in known],
+            centres=[group for group in request.centres if group not in known],
         )
         fresh = missing.collect(block, hidden, batches)
         for group, statistics in fresh.items():
@@ -141,6 +146,7 @@ class StatisticsCache:
             return None
         counts = {Modality[name]: count for name, count in stored[1]["num_tokens"].items()}
         parts = ["means"] if request.means_of(group) else []
+        parts += ["centres"] if group in request.centres else []
         parts += [_moment_of(which) for which in counts if request.moment_of(group, which)]
         return counts if all(self._path(index, group, part).exists() for part in parts) else None
 
@@ -151,6 +157,7 @@ class StatisticsCache:
             return None
         ranges = self._read(index, group, "ranges")
         means = self._read(index, group, "means") if request.means_of(group) else {}
+        centres = self._read(index, group, "centres") if group in request.centres else {}
         moments = {
             which: self._read(index, group, _moment_of(which))["second_moment"]
             for which in counts
@@ -161,6 +168,10 @@ class StatisticsCache:
             second_moment=moments,
             num_tokens=counts,
             abs_mean={which: means[which.name] for which in counts if means},
+            low={which: centres[f"{which.name}.low"] for which in counts if centres},
+            high={which: centres[f"{which.name}.high"] for which in counts if centres},
+            centre={which: centres[f"{which.name}.centre"] for which in counts if centres},
+            mean={which: centres[f"{which.name}.mean"] for which in counts if centres},
         )
 
     def _read(self, index: int, group: str, what: str) -> dict[str, torch.Tensor]:
@@ -175,6 +186,10 @@ class StatisticsCache:
         if found.abs_mean:
             means = {which.name: mean for which, mean in found.abs_mean.items()}
             save_tensors(self._path(index, group, "means"), means, {})
+        if found.centre:
+            parts = {"low": found.low, "high": found.high, "centre": found.centre, "mean": found.mean}
+            tensors = {f"{which.name}.{part}": one for part, by in parts.items() for which, one in by.items()}
+            save_tensors(self._path(index, group, "centres"), tensors, {})
         counts = {which.name: count for which, count in found.num_tokens.items()}
         ranges = {which.name: found.abs_max[which] for which in found.num_tokens}
         save_tensors(self._path(index, group, "ranges"), ranges, {"num_tokens": counts})

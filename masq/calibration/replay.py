@@ -124,6 +124,7 @@ def collect(
     second_moment: Collection[str] = (),
     moments_of: Collection[Modality] = tuple(Modality),
     sample: TokenSample | None = None,
+    centres: Collection[str] = (),
 ) -> dict[str, GroupStatistics]:
     """Statistics, by modality, of the inputs of groups of linears of a block.
 
@@ -137,13 +138,16 @@ def collect(
         second_moment: groups whose second moment is wanted as well.
         moments_of: the modalities whose second moment is wanted there.
         sample: tokens of these batches whose inputs to ``groups`` are wanted, and with them the mean |x|.
+        centres: groups whose centres are wanted, and with them both ends of each channel.
 
     Returns:
         Statistics by group name, of the groups asked for.
     """
-    wanted = [group for group in GROUPS if group in groups or group in second_moment]
+    wanted = [group for group in GROUPS if group in groups or group in second_moment or group in centres]
     accumulators = {
-        group: GroupAccumulator(moments_of if group in second_moment else False, sample if group in groups else None)
+        group: GroupAccumulator(
+            moments_of if group in second_moment else False, sample if group in groups else None, group in centres
+        )
         for group in wanted
     }
     if not wanted:

@@ -35,6 +35,11 @@ class GroupStatistics:
         abs_mean: mean |x_i| by channel, float64 [D].
         rows: inputs of the tokens of a ``TokenSample``, float32 [n, D].
         sensitivity: how much an error of the modality's rows counts; a modality without an entry counts 1.
+        low: min x_i by channel, float32 [D], where centres were asked for.
+        high: max x_i by channel, float32 [D], where centres were asked for.
+        centre: c, the point with the least mean |x - c|^2 / max|x|^2, float64 [D], where it was asked for: what a
+            scale per token rounds away is relative to the largest value of the token.
+        mean: E x by channel, float64 [D], where centres were asked for.
     """
 
     abs_max: dict[Modality, torch.Tensor] = field(default_factory=dict)
@@ -43,6 +48,10 @@ class GroupStatistics:
     abs_mean: dict[Modality, torch.Tensor] = field(default_factory=dict)
     rows: dict[Modality, torch.Tensor] = field(default_factory=dict)
     sensitivity: Mapping[Modality, float] = field(default_factory=dict)
+    low: dict[Modality, torch.Tensor] = field(default_factory=dict)
+    high: dict[Modality, torch.Tensor] = field(default_factory=dict)
+    centre: dict[Modality, torch.Tensor] = field(default_factory=dict)
+    mean: dict[Modality, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +108,38 @@ class AbsMax:
         return self._value
 
 
+class Centre:
+    """Running ends and mean of each channel, and the mean of rows that are weighted by 1 / max|x|^2."""
+
+    def __init__(self, num_channels: int, device: torch.device) -> None:
+        zeros = torch.zeros(num_channels, dtype=torch.float64, device=device)
+        self.low, self.high = torch.full_like(zeros, torch.inf).float(), torch.full_like(zeros, -torch.inf).float()
+        self._sum, self._weighted_sum = zeros, zeros.clone()
+        self._weights, self._num_tokens = 0.0, 0
+
+    def update(self, rows: torch.Tensor) -> None:
+        """Take in rows [N, D] of one modality, N >= 1; rows of zeros have no say."""
+        self.low = torch.minimum(self.low, rows.amin(0).float())
+        self.high = torch.maximum(self.high, rows.amax(0).float())
+        exact = rows.double()
+        largest = exact.abs().amax(1)
+        weights = torch.where(largest > 0, largest.square().reciprocal(), 0.0)
+        self._sum = self._sum + exact.sum(0)
+        self._weighted_sum = self._weighted_sum + weights @ exact
+        self._weights += float(weights.sum())
+        self._num_tokens += len(rows)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """E x, float64 [D]."""
+        return self._sum / self._num_tokens
+
+    @property
+    def centre(self) -> torch.Tensor:
+        """The weighted mean, float64 [D]."""
+        return self._weighted_sum / self._weights if self._weights > 0 else self._weighted_sum
+
+
 class SecondMoment:
     """Running sum of x x^T."""
 
@@ -131,13 +172,18 @@ class GroupAccumulator:
     Args:
         second_moment: whether X^T X is wanted besides the absolute maximum, or of which modalities.
         sample: tokens whose inputs are wanted, and with them the mean |x_i|.
+        centre: whether centres are wanted, and with them both ends of each channel.
     """
 
-    def __init__(self, second_moment: bool | Collection[Modality], sample: TokenSample | None = None) -> None:
+    def __init__(
+        self, second_moment: bool | Collection[Modality], sample: TokenSample | None = None, centre: bool = False
+    ) -> None:
         everything = tuple(Modality) if second_moment else ()
         self._second_moment_of = everything if isinstance(second_moment, bool) else tuple(second_moment)
         self._sample = sample
+        self._wants_centre = centre
         self._abs_max: dict[Modality, AbsMax] = {}
+        self._centre: dict[Modality, Centre] = {}
         self._abs_sum: dict[Modality, torch.Tensor] = {}
         self._rows: dict[Modality, list[torch.Tensor]] = {}
         self._second_moment: dict[Modality, SecondMoment] = {}
@@ -176,6 +222,8 @@ class GroupAccumulator:
             self._abs_sum[which] = total + self._abs_sum[which] if which in self._abs_sum else total
             kept = self._sample.kept[which][start : start + rows.shape[0]].to(rows.device)
             self._rows.setdefault(which, []).append(rows[kept].float())
+        if self._wants_centre:
+            self._centre.setdefault(which, Centre(rows.shape[1], rows.device)).update(rows)
         if which in self._second_moment_of:
             self._second_moment.setdefault(which, SecondMoment()).update(rows)
 
@@ -191,6 +239,10 @@ class GroupAccumulator:
             num_tokens={which: self._num_tokens[which] for which in sorted(self._num_tokens)},
             abs_mean={which: self._abs_sum[which] / self._num_tokens[which] for which in sorted(self._abs_sum)},
             rows={which: torch.cat(self._rows[which]) for which in sorted(self._rows)},
+            low={which: one.low for which, one in sorted(self._centre.items())},
+            high={which: one.high for which, one in sorted(self._centre.items())},
+            centre={which: one.centre for which, one in sorted(self._centre.items())},
+            mean={which: one.mean for which, one in sorted(self._centre.items())},
         )
         for which, abs_max in statistics.abs_max.items():
             if not bool(torch.isfinite(abs_max).all()):

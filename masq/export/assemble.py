@@ -128,8 +128,10 @@ def _linear(model: Any, name: str) -> nn.Linear:
 
 
 def _check_fits(name: str, linear: nn.Linear, entry: LinearEntry) -> None:
+    # Centres bring a bias to a linear that has none.
+    has_bias = linear.bias is not None or bool(entry.centres)
     wanted = (entry.in_features, entry.out_features, entry.bias is not None)
-    found = (linear.in_features, linear.out_features, linear.bias is not None)
+    found = (linear.in_features, linear.out_features, has_bias)
     if wanted != found:
         raise ModelError(
             f"{name} must have the inputs, outputs and bias of the model",
@@ -146,7 +148,7 @@ def _empty(entry: LinearEntry, context: ModalityContext) -> PackedLinear:
         entry.format,
         context=context,
         bias=None if entry.bias is None else getattr(torch, entry.bias),
-        num_smoothing=entry.smoothing,
+        num_rows=(entry.smoothing, entry.centres),
         ranks={Modality[side.upper()]: (rank, dtype) for side, rank in entry.ranks.items()},
     )
 

@@ -4,18 +4,19 @@
 the class that ``config.json`` names under ``architectures``; the automatic one does not know all of them), and
 ``AutoProcessor.from_pretrained(folder)`` its processor. ``load`` is the same with every error one of masq.
 
-Versions 1 and 2 of the format
+Versions 1 to 3 of the format
     ``config.json``
         The model's own, with ``tie_word_embeddings`` as the weights are, and ``quantization_config``:
 
-        - ``quant_method`` "masq", ``version``: 2 where a linear has int8 factors, which masq before it cannot read; 1
-          for all others.
+        - ``quant_method`` "masq", ``version``: the first that can say it, 3 where a linear has centres, else 2 where
+          one has int8 factors, else 1.
         - ``formats``: list of {"weight", "activation"}, each {"bits", "symmetric", "granularity", "group_size"}
           (``masq.numerics.scheme.TensorFormat``); an activation is null where it stays in float.
         - ``linears``: by module name, every quantized linear: ``in_features`` I, ``out_features`` O, ``format`` (number
           in ``formats``), ``bias`` (dtype or null), ``smoothing`` U (number of distinct smoothing vectors applied at
           run time), ``ranks`` (R of the low-rank correction by modality), ``factor_dtype``, and ``group``: linears
-          with one number read the same input, and may be run as one.
+          with one number read the same input, and may be run as one; ``centres`` K (number of centres and biases of
+          modalities), left out where there are none.
         - ``rotation``: ``inputs``, the modules whose input is multiplied by a Hadamard matrix at run time
           (``masq.numerics.hadamard.rotate``; signs are tensors); ``residual``, whether the residual stream is in a
           rotated basis, which nothing has to undo.
@@ -30,7 +31,8 @@ Versions 1 and 2 of the format
           two's complement; else [O, I], int8 if symmetric and uint8 otherwise. Row-wise and plain: a kernel
           rearranges them when it takes them over.
         - ``scale``: float32 [O, G], G groups of inputs; ``zero_point``: uint8 [O, G] of asymmetric formats.
-        - ``bias``: [O].
+        - ``bias``: [O]; with centres [K, O], ``centre`` bfloat16 [K, I] and ``centre_rows``, int64 [3], which of them
+          text, vision and audio use: what is smoothed and multiplied is ``x - centre``.
         - ``inverse_smoothing``: 1 / s, float32 [U, I]; ``smoothing_rows``: int64 [3], which of them text, vision and
           audio use.
         - ``left_<modality>`` [I, R] and ``right_<modality>`` [R, O]. If they are int8, they are codes between -127 and
@@ -271,13 +273,14 @@ def _groups(adapter: ModelAdapter) -> dict[torch.nn.Module, int]:
 
 
 def _check_values(name: str, file: Any, description: Description) -> None:
-    """The numbers beside the codes mean something, and rows of the smoothing table exist."""
+    """The numbers beside the codes mean something, and rows of the tables exist."""
     owner, _, kind = name.rpartition(".")
     if kind == "codes":
         return
     values = file.get_tensor(name)
-    if kind == "smoothing_rows":
-        good = (values >= 0) & (values < description.linears[owner].smoothing)
+    if kind in ("smoothing_rows", "centre_rows"):
+        entry = description.linears[owner]
+        good = (values >= 0) & (values < (entry.smoothing if kind == "smoothing_rows" else entry.centres))
     elif kind == "zero_point":
         good = values <= description.linears[owner].format.weight.qmax
     elif kind == "signs":

@@ -143,16 +143,22 @@ def _quantized(model: nn.Module) -> dict[str, QuantLinear | PackedLinear]:
         if isinstance(module, RotatedInput):
             raise _unsaid("an input rotated at run time", name, "use method.rotation.down=false")
         if isinstance(module, QuantLinear | PackedLinear):
-            if isinstance(module, QuantLinear) and len(module.weight_modalities) > 1:
-                raise _unsaid("a weight per modality", name, "use a method with rounding.per_modality=false")
-            if module.inverse_smoothing is not None:
-                raise _unsaid("smoothing at run time", name, f"fold it (method.smoothing.fold=true), or {_REMEDY}")
-            if module.correction_modalities:
-                raise _unsaid("a low-rank correction", name, _REMEDY)
+            _check_sayable(name, module)
             found[name] = module
     if not found:
         raise ModelError("an export is of a quantized model", value="every linear is in float")
     return found
+
+
+def _check_sayable(name: str, module: QuantLinear | PackedLinear) -> None:
+    if isinstance(module, QuantLinear) and len(module.weight_modalities) > 1:
+        raise _unsaid("a weight per modality", name, "use a method with rounding.per_modality=false")
+    if module.inverse_smoothing is not None:
+        raise _unsaid("smoothing at run time", name, f"fold it (method.smoothing.fold=true), or {_REMEDY}")
+    if module.centre is not None:
+        raise _unsaid("centre of a modality", name, f"use method.centring=none, or {_REMEDY}")
+    if module.correction_modalities:
+        raise _unsaid("a low-rank correction", name, _REMEDY)
 
 
 def _unsaid(what: str, name: str, remedy: str) -> ModelError:

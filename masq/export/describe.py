@@ -146,6 +146,7 @@ def _entry(module: QuantLinear | PackedLinear, group: int) -> LinearEntry:
         ranks=ranks,
         factor_dtype=next(iter(factor_dtypes), None),
         group=group,
+        centres=0 if module.centre is None else len(module.centre),
     )
 
 

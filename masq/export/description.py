@@ -16,8 +16,8 @@ from masq.models.sample import Modality
 from masq.numerics.scheme import LinearFormat, TensorFormat
 
 METHOD = "masq"
-VERSIONS = (1, 2)
-"""Of the format: 2 has int8 factors, and is written where there are any; 1 is all else."""
+VERSIONS = (1, 2, 3)
+"""Of the format, of which the first that can say all is written: 2 has int8 factors, 3 has centres."""
 SIDES = tuple(m.name.lower() for m in Modality if m is not Modality.PADDING)
 """Names of the modalities of tokens, in the order of their ids."""
 STORED_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -44,6 +44,7 @@ class LinearEntry:
         ranks: R of the low-rank correction by name of the modality.
         factor_dtype: dtype of the corrections' factors, int8 for codes with scales, None without corrections.
         group: linears with the same number read the same input.
+        centres: K, the number of centres, and of biases; 0 for none.
     """
 
     in_features: int
@@ -54,6 +55,7 @@ class LinearEntry:
     ranks: Mapping[str, int]
     factor_dtype: str | None
     group: int
+    centres: int = 0
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype (as safetensors writes it) and shape of every stored tensor, by its name below the linear's."""
@@ -68,7 +70,9 @@ class LinearEntry:
         if not weight.symmetric:
             found["zero_point"] = ("U8", groups)
         if self.bias is not None:
-            found["bias"] = (STORED_DTYPES[self.bias], (d_out,))
+            found["bias"] = (STORED_DTYPES[self.bias], (self.centres, d_out) if self.centres else (d_out,))
+        if self.centres:
+            found |= {"centre": ("BF16", (self.centres, d_in)), "centre_rows": ("I64", (len(SIDES),))}
         if self.smoothing:
             found["inverse_smoothing"] = ("F32", (self.smoothing, d_in))
             found["smoothing_rows"] = ("I64", (len(SIDES),))
@@ -105,7 +109,9 @@ class Description:
     @property
     def version(self) -> int:
         """Of the format: the first that can say this."""
-        return VERSIONS[any(entry.factor_dtype == "int8" for entry in self.linears.values())]
+        if any(entry.centres for entry in self.linears.values()):
+            return 3
+        return 2 if any(entry.factor_dtype == "int8" for entry in self.linears.values()) else 1
 
     def sealed(self, tensors_sha256: str, config_sha256: str) -> Description:
         """The same, of these contents."""
@@ -165,7 +171,10 @@ class Description:
             config_sha256=_text(content["config_sha256"], "config_sha256"),
         )
         if found.version != content["version"]:
-            raise _error("version 2 is of checkpoints with int8 factors, version 1 of all others", content["version"])
+            raise _error(
+                "version 3 has centres, 2 int8 factors and none, 1 neither",
+                content["version"],
+            )
         return found
 
 
@@ -179,12 +188,13 @@ def _entry_to_dict(entry: LinearEntry, formats: list[LinearFormat]) -> dict[str,
         "ranks": dict(entry.ranks),
         "factor_dtype": entry.factor_dtype,
         "group": entry.group,
+        **({"centres": entry.centres} if entry.centres else {}),
     }
 
 
 def _entry(name: str, content: Any, formats: list[LinearFormat]) -> LinearEntry:
     content = _object(content, name)
-    _check_keys(content, set(LinearEntry.__dataclass_fields__), name)
+    _check_keys(content, set(LinearEntry.__dataclass_fields__) - ({"centres"} - content.keys()), name)
     d_in, d_out = (_integer(content[key], f"{name}.{key}", 1, _MAX_FEATURES) for key in ("in_features", "out_features"))
     fmt = formats[_integer(content["format"], f"{name}.format", 0, len(formats) - 1)]
     if d_in % (fmt.weight.group_size or 1):
@@ -196,6 +206,9 @@ def _entry(name: str, content: Any, formats: list[LinearFormat]) -> LinearEntry:
     factor_dtype = _dtype(content["factor_dtype"], f"{name}.factor_dtype", FACTOR_DTYPES)
     if bool(ranks) != (factor_dtype is not None):
         raise _error(f"{name}: factor_dtype belongs to ranks", f"{factor_dtype} with {len(ranks)} ranks")
+    centres = _integer(content["centres"], f"{name}.centres", 1, len(SIDES)) if "centres" in content else 0
+    if centres and content["bias"] is None:
+        raise _error(f"{name}: centres need a bias", None)
     return LinearEntry(
         in_features=d_in,
         out_features=d_out,
@@ -205,6 +218,7 @@ def _entry(name: str, content: Any, formats: list[LinearFormat]) -> LinearEntry:
         ranks=ranks,
         factor_dtype=factor_dtype,
         group=_integer(content["group"], f"{name}.group", 0, _MAX_LINEARS),
+        centres=centres,
     )
 
 

@@ -29,6 +29,7 @@ class Footprint:
         scales: bits of scales and zero points.
         smoothing: bits of the smoothing vectors, once per shared input.
         adapters: bits of the low-rank corrections.
+        centres: bits of the centres, once per shared input, and of the biases by modality that they need.
     """
 
     num_weights: int = 0
@@ -36,11 +37,12 @@ class Footprint:
     scales: int = 0
     smoothing: int = 0
     adapters: int = 0
+    centres: int = 0
 
     @property
     def effective_bits(self) -> float:
         """Stored bits per weight element, everything counted."""
-        return (self.codes + self.scales + self.smoothing + self.adapters) / max(self.num_weights, 1)
+        return (self.codes + self.scales + self.smoothing + self.adapters + self.centres) / max(self.num_weights, 1)
 
     def __add__(self, other: Footprint) -> Footprint:
         """Add up two footprints."""
@@ -50,17 +52,20 @@ class Footprint:
             self.scales + other.scales,
             self.smoothing + other.smoothing,
             self.adapters + other.adapters,
+            self.centres + other.centres,
         )
 
     def to_dict(self) -> dict[str, float]:
         """The `effective_bits` part of a record, in bits per weight element."""
         count = max(self.num_weights, 1)
+        centres = {"centres": self.centres / count} if self.centres else {}
         return {
             "total": self.effective_bits,
             "codes": self.codes / count,
             "scales": self.scales / count,
             "smoothing": self.smoothing / count,
             "adapters": self.adapters / count,
+            **centres,
             "adapter_bytes": self.adapters / 8,
             "num_weights": self.num_weights,
         }
@@ -72,12 +77,12 @@ def footprint(blocks: Iterable[BlockAdapter]) -> Footprint:
     for block in blocks:
         for roles in GROUPS.values():
             for position, role in enumerate(roles):
-                total += _linear_footprint(block.linear(Role(role)), counts_smoothing=position == 0)
+                total += _linear_footprint(block.linear(Role(role)), counts_shared=position == 0)
     return total
 
 
-def _linear_footprint(linear: nn.Module, *, counts_smoothing: bool) -> Footprint:
-    """Footprint of one linear; the linears of a group share one smoothing table, counted at the first."""
+def _linear_footprint(linear: nn.Module, *, counts_shared: bool) -> Footprint:
+    """Footprint of one linear; the linears of a group share smoothing and centres, counted at the first."""
     if not isinstance(linear, QuantLinear | PackedLinear):
         weight: torch.Tensor = linear.weight  # type: ignore[assignment]
         return Footprint(num_weights=weight.numel(), codes=weight.numel() * weight.element_size() * 8)
@@ -90,6 +95,7 @@ def _linear_footprint(linear: nn.Module, *, counts_smoothing: bool) -> Footprint
         num_weights=num_weights,
         codes=copies * num_weights * linear.weight_format.bits,
         scales=sum(size for name, size in bits.items() if name.startswith("scale")) + ZERO_POINT_BITS * zero_points,
-        smoothing=bits.get("inverse_smoothing", 0) if counts_smoothing else 0,
+        smoothing=bits.get("inverse_smoothing", 0) if counts_shared else 0,
         adapters=sum(size for name, size in bits.items() if name.startswith(("left_", "right_", "factor_scale_"))),
+        centres=(bits["bias"] + (bits["centre"] if counts_shared else 0)) if "centre" in bits else 0,
     )

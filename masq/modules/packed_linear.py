@@ -15,8 +15,16 @@ from torch import nn
 from masq.errors import ModelError
 from masq.kernels import AUTO
 from masq.models.base import GROUPS, Modality
-from masq.modules.quant_linear import TOKEN_MODALITIES, QuantLinear, factors_in, register_factors
-from masq.modules.stack import Stack, stack
+from masq.modules.centres import STORED, Centres
+from masq.modules.quant_linear import (
+    TOKEN_MODALITIES,
+    QuantLinear,
+    bias_in,
+    factors_in,
+    register_bias,
+    register_factors,
+)
+from masq.modules.stack import SHARED, Stack, stack
 from masq.numerics.affine import QuantizedTensor
 from masq.numerics.low_rank import Factors, Given, factors_of
 from masq.numerics.packing import NIBBLE_BITS, PackedWeight, pack
@@ -29,8 +37,8 @@ if TYPE_CHECKING:
     from masq.numerics.scheme import LinearFormat, TensorFormat
 
 _FACTORS = ("left", "right", "factor_scale")
-_FLOAT32 = ("scale", "inverse_smoothing")
-"""Buffers that keep float32 whatever dtype the model is cast to."""
+_KEPT = ("scale", "inverse_smoothing", "centre")
+"""Buffers that keep their dtype whatever the model is cast to."""
 
 
 class PackedLinear(nn.Module):
@@ -44,7 +52,7 @@ class PackedLinear(nn.Module):
         weight: the one stored weight.
         activation: per-token format of the input, None leaves it unquantized.
         context: tells the modality of every row.
-        bias: [O] or None.
+        bias: [O] or None, or centres with biases by modality.
         inverse_smoothing: 1 / s, float32 [U, I], that of text first; None for no run-time smoothing.
         smoothing_rows: int64 [number of modalities], the row of ``inverse_smoothing`` that each uses.
         corrections: (L1 [I, R], L2 [R, O]) by modality, or their codes and scales (``Factors``).
@@ -57,6 +65,8 @@ class PackedLinear(nn.Module):
     bias: torch.Tensor | None
     inverse_smoothing: torch.Tensor | None
     smoothing_rows: torch.Tensor | None
+    centre: torch.Tensor | None
+    centre_rows: torch.Tensor | None
 
     def __init__(
         self,
@@ -64,7 +74,7 @@ class PackedLinear(nn.Module):
         *,
         activation: TensorFormat | None,
         context: ModalityContext,
-        bias: torch.Tensor | None = None,
+        bias: torch.Tensor | Centres | None = None,
         inverse_smoothing: torch.Tensor | None = None,
         smoothing_rows: torch.Tensor | None = None,
         corrections: Mapping[Modality, Given] | None = None,
@@ -74,7 +84,7 @@ class PackedLinear(nn.Module):
         self.weight_format, self.activation = weight.format, activation
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.context, self.kernel = context, kernel
-        self.register_buffer("bias", bias)
+        register_bias(self, bias)
         self.register_buffer("inverse_smoothing", inverse_smoothing)
         self.register_buffer("smoothing_rows", smoothing_rows)
         factors = {modality: factors_of(given) for modality, given in (corrections or {}).items()}
@@ -110,7 +120,7 @@ class PackedLinear(nn.Module):
             pack(weight),
             activation=layer.activation,
             context=layer.context,
-            bias=state.get("bias"),
+            bias=bias_in(state),
             inverse_smoothing=state.get("inverse_smoothing"),
             smoothing_rows=state.get("smoothing_rows"),
             corrections=factors_in(state),
@@ -126,7 +136,7 @@ class PackedLinear(nn.Module):
         *,
         context: ModalityContext,
         bias: torch.dtype | None,
-        num_smoothing: int,
+        num_rows: tuple[int, int],
         ranks: Mapping[Modality, tuple[int, torch.dtype]],
         kernel: str = AUTO,
     ) -> PackedLinear:
@@ -138,7 +148,7 @@ class PackedLinear(nn.Module):
             fmt: of weight and input.
             context: tells the modality of every row.
             bias: its dtype, None for none.
-            num_smoothing: U, 0 for no run-time smoothing.
+            num_rows: U, 0 for no run-time smoothing, and K, the number of centres, 0 for none.
             ranks: R and dtype of the corrections by modality; int8 is codes with scales.
             kernel: name of the kernel.
         """
@@ -149,11 +159,16 @@ class PackedLinear(nn.Module):
         codes = torch.empty(out_features, columns, dtype=torch.int8 if symmetric and not halves else torch.uint8)
         zero_point = None if symmetric else torch.empty(groups, dtype=torch.uint8)
         packed = PackedWeight(codes, torch.empty(groups, dtype=torch.float32), zero_point, weight, in_features)
+        num_smoothing, num_centres = num_rows
+        given = None if bias is None else torch.empty(*([num_centres] if num_centres else []), out_features, dtype=bias)
+        if given is not None and num_centres:
+            rows = torch.empty(len(TOKEN_MODALITIES), dtype=torch.int64)
+            given = Centres(torch.empty(num_centres, in_features, dtype=STORED), rows, given)
         return cls(
             packed,
             activation=fmt.activation,
             context=context,
-            bias=None if bias is None else torch.empty(out_features, dtype=bias),
+            bias=given,
             inverse_smoothing=torch.empty(num_smoothing, in_features, dtype=torch.float32) if num_smoothing else None,
             smoothing_rows=torch.empty(len(TOKEN_MODALITIES), dtype=torch.int64) if num_smoothing else None,
             corrections={
@@ -210,9 +225,10 @@ class PackedLinear(nn.Module):
         for name, tensor in self.stack.plain_tensors(self).items():
             destination[prefix + name] = tensor
         # Members of a stack hold equal vectors once; a file holds them for each.
-        if self.stack.members[0] is not self and self.inverse_smoothing is not None:
-            destination[prefix + "inverse_smoothing"] = self.inverse_smoothing.clone()
-            destination[prefix + "smoothing_rows"] = destination[prefix + "smoothing_rows"].clone()
+        if self.stack.members[0] is not self:
+            for name in SHARED:
+                if getattr(self, name) is not None:
+                    destination[prefix + name] = destination[prefix + name].clone()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.stack.release()
@@ -222,11 +238,11 @@ class PackedLinear(nn.Module):
         # Another device may need another kernel: back to the plain layout, and chosen anew at the next forward.
         self.stack.release()
         scales = [f"factor_scale_{m.name.lower()}" for m in self.coded_modalities]
-        kept = {name: getattr(self, name) for name in (*_FLOAT32, *scales)}
+        kept = {name: getattr(self, name) for name in (*_KEPT, *scales)}
         super()._apply(fn, recurse)
         for name, before in kept.items():
             after = getattr(self, name)
-            if after is not None and after.dtype != torch.float32:
+            if after is not None and after.dtype != before.dtype:
                 setattr(self, name, before.to(after.device))
         return self
 

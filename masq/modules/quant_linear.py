@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from masq.errors import ModelError
 from masq.models.base import Modality
+from masq.modules.centres import Centres, without_centre
 from masq.numerics.affine import QuantizedTensor, quantize
 from masq.numerics.hadamard import rotate
 from masq.numerics.integer_gemm import scaled_matmul
@@ -29,7 +30,7 @@ _TEXT = Modality.TEXT.name.lower()
 
 
 class QuantLinear(nn.Module):
-    """``y = Q(x / s_m) W_hat^T (+ (x / s_m) L1_m L2_m) + bias``, m being the modality of a row (arXiv 2603.04800).
+    """``y = Q(z) W_hat^T (+ z L1_m L2_m) + bias_m``, z = (x - c_m) / s_m, m the modality of a row (arXiv 2603.04800).
 
     The GEMM runs on the integer codes and is exact; scales are applied to the int32 result in float32, so the
     simulation equals what an integer kernel computes. Low-rank corrections run in the dtype of the model on
@@ -38,7 +39,7 @@ class QuantLinear(nn.Module):
     Args:
         weights: the stored integer weight, codes [O, I]. One entry (text) serves all modalities; one entry per
             modality is the non-deployable upper bound of modality-aware smoothing.
-        bias: [O] or None.
+        bias: [O], None for none; centres bring biases by modality.
         activation: format of the activations, None leaves them unquantized.
         context: tells the modality of every row.
         smoothing: factor s_m [I] by modality, None for no run-time smoothing. Text must be present; a modality that
@@ -54,12 +55,14 @@ class QuantLinear(nn.Module):
     inverse_smoothing: torch.Tensor | None
     smoothing_rows: torch.Tensor | None
     rotation: torch.Tensor | None
+    centre: torch.Tensor | None
+    centre_rows: torch.Tensor | None
 
     def __init__(
         self,
         *,
         weights: Mapping[Modality, QuantizedTensor],
-        bias: torch.Tensor | None,
+        bias: torch.Tensor | Centres | None,
         activation: TensorFormat | None,
         context: ModalityContext,
         smoothing: Mapping[Modality, torch.Tensor] | None = None,
@@ -81,7 +84,7 @@ class QuantLinear(nn.Module):
         for modality, weight in weights.items():
             self._register_weight(modality.name.lower(), weight)
         self.weight_modalities = tuple(sorted(weights))
-        self.register_buffer("bias", None if bias is None else bias.detach().to(dtype).clone())
+        register_bias(self, bias, dtype)
         table, rows = (None, None) if smoothing is None else _inverse_table(smoothing)
         self.register_buffer("inverse_smoothing", table)
         self.register_buffer("smoothing_rows", rows)
@@ -110,7 +113,13 @@ class QuantLinear(nn.Module):
         """
         batch, tokens = x.shape[0], x.shape[1]
         modality = self.context.current(batch, tokens).reshape(-1).to(x.device)
-        rows_ni = x.reshape(-1, self.in_features).float()
+        rows_ni, bias = x.reshape(-1, self.in_features), self.bias
+        if self.centre is not None:
+            assert self.centre_rows is not None
+            # Padding rows (-1) take the centre of text; their output is never read.
+            own = self.centre_rows[modality.clamp(min=0).long()]
+            rows_ni, bias = without_centre(rows_ni, self.centre[own]), self.bias[own] if self.bias is not None else None
+        rows_ni = rows_ni.float()
         if self.inverse_smoothing is not None:
             rows_ni = rows_ni * self._inverse_factors(modality)
         if self.rotation is not None:
@@ -118,8 +127,8 @@ class QuantLinear(nn.Module):
         y_no = self._base(rows_ni, modality)
         for correction in self.correction_modalities:
             self._add_correction(y_no, rows_ni, modality, correction, x.dtype)
-        if self.bias is not None:
-            y_no += self.bias
+        if bias is not None:
+            y_no += bias
         return y_no.to(x.dtype).view(batch, tokens, self.out_features)
 
     def _inverse_factors(self, modality: torch.Tensor) -> torch.Tensor:
@@ -190,7 +199,7 @@ class QuantLinear(nn.Module):
         }
         layer = cls(
             weights=weights,
-            bias=state.get("bias"),
+            bias=bias_in(state),
             activation=activation,
             context=context,
             rotation=state.get("rotation"),
@@ -205,6 +214,24 @@ class QuantLinear(nn.Module):
         """One line for ``print(model)``."""
         bits = self.activation.bits if self.activation is not None else 16
         return f"{self.in_features}, {self.out_features}, w{self.weight_format.bits}a{bits}"
+
+
+def register_bias(layer: nn.Module, bias: torch.Tensor | Centres | None, dtype: torch.dtype | None = None) -> None:
+    """Hold a bias, or centres with theirs, as buffers of a layer; biases as a copy in ``dtype`` if one is given."""
+    given, biases = (bias, bias.bias) if isinstance(bias, Centres) else (None, bias)
+    if biases is not None and dtype is not None:
+        biases = biases.detach().to(dtype).clone()
+    layer.register_buffer("bias", biases)
+    layer.register_buffer("centre", None if given is None else given.centre)
+    layer.register_buffer("centre_rows", None if given is None else given.rows)
+
+
+def bias_in(state: Mapping[str, torch.Tensor]) -> torch.Tensor | Centres | None:
+    """What ``register_bias`` was given, from the state of a layer."""
+    bias = state.get("bias")
+    if bias is None or "centre" not in state:
+        return bias
+    return Centres(state["centre"], state["centre_rows"], bias)
 
 
 def register_factors(layer: nn.Module, corrections: Mapping[Modality, Given]) -> None:

@@ -21,6 +21,7 @@ from masq.kernels.base import (
     RowAddend,
     RowSmoothing,
 )
+from masq.modules.centres import without_centre
 from masq.numerics.low_rank import Factors, project
 from masq.numerics.packing import PackedWeight, concatenate, split
 from masq.numerics.scheme import LinearFormat
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from masq.numerics.scheme import TensorFormat
 
 
+SHARED = ("inverse_smoothing", "smoothing_rows", "centre", "centre_rows")
+"""Buffers that members of a stack have alike, and hold once."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Prepared:
     """What a stack holds while a kernel has its weights.
@@ -41,7 +46,7 @@ class _Prepared:
     Attributes:
         kernel: that runs it.
         weight: of all members, one below the other.
-        bias: float32 [sum of O], or None.
+        bias: float32 [sum of O], or [K, sum of O] where inputs are centred, or None.
         left: L1 of all members side by side, [I, sum of R], by modality.
         right: L2 of each member, None where it has none, by modality; or all of them in the layout of the kernel.
         scale: of the components of all members, float32 [sum of R], by modality; none where factors are as they are.
@@ -101,14 +106,31 @@ class Stack:
         first = self.members[0]
         context = first.context
         context.current(batch, tokens)
-        rows_ni = x.reshape(-1, first.in_features).contiguous()
+        rows_ni, bias, biases = self._centred(held, x.reshape(-1, first.in_features), context)
+        rows_ni = rows_ni.contiguous()
         smoothing = self._smoothing(context)
         activation = held.kernel.quantize(rows_ni, first.activation, smoothing)
         low_rank, addend = self._corrections(held, rows_ni, smoothing, context)
-        y_no = held.kernel.gemm(
-            activation, held.weight, bias=held.bias, addend=addend, dtype=x.dtype, low_rank=low_rank
-        )
+        # Biases of rows are added in float32: a bias of centres may be larger than what is left of the output.
+        dtype = x.dtype if biases is None else torch.float32
+        y_no = held.kernel.gemm(activation, held.weight, bias=bias, addend=addend, dtype=dtype, low_rank=low_rank)
+        if biases is not None:
+            y_no = (y_no + biases).to(x.dtype)
         return y_no.view(batch, tokens, -1)
+
+    def _centred(
+        self, held: _Prepared, rows_ni: torch.Tensor, context: ModalityContext
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Rows less their centres, the bias of all of them, and biases [N, sum of O] where it differs by row."""
+        first = self.members[0]
+        if first.centre is None:
+            return rows_ni, held.bias, None
+        assert held.bias is not None
+        if context.text_only:
+            return without_centre(rows_ni, first.centre[:1]), held.bias[0], None
+        assert first.centre_rows is not None
+        own = first.centre_rows[context.indices]
+        return without_centre(rows_ni, first.centre[own]), None, held.bias[own]
 
     def _smoothing(self, context: ModalityContext) -> RowSmoothing | None:
         """The factors of every row; one for all where there is but one or every token is text."""
@@ -180,7 +202,8 @@ class Stack:
             self._prepared = _Prepared(kernel, kernel.prepare(whole, first.activation), self._bias(), *taken)
             for member in self.members:
                 member.release_plain()
-                member.inverse_smoothing, member.smoothing_rows = first.inverse_smoothing, first.smoothing_rows
+                for name in SHARED:
+                    setattr(member, name, getattr(first, name))
         return self._prepared
 
     def release(self) -> None:
@@ -212,7 +235,8 @@ class Stack:
         """Bytes in memory of everything that the members need."""
         held = self.prepare()
         first = self.members[0]
-        kept = [held.bias, first.inverse_smoothing, first.smoothing_rows, *held.left.values(), *held.scale.values()]
+        shared = [getattr(first, name) for name in SHARED]
+        kept = [held.bias, *shared, *held.left.values(), *held.scale.values()]
         for rights in held.right.values():
             kept += rights.tensors.values() if isinstance(rights, PreparedFactors) else rights
         return held.weight.num_bytes + sum(one.numel() * one.element_size() for one in kept if one is not None)
@@ -260,7 +284,8 @@ class Stack:
         if like is None:
             return None
         sized = zip(biases, self.sizes, strict=True)
-        return torch.cat([like.new_zeros(size).float() if bias is None else bias.float() for bias, size in sized])
+        parts = [like.new_zeros(size).float() if bias is None else bias.float() for bias, size in sized]
+        return torch.cat(parts, dim=-1)
 
 
 def stack(layers: Sequence[PackedLinear]) -> None:
@@ -285,7 +310,7 @@ def can_stack(one: PackedLinear, other: PackedLinear) -> bool:
         (layer.in_features, layer.weight_format, layer.activation, layer.kernel, id(layer.context))
         for layer in (one, other)
     ]
-    pairs = [(one.inverse_smoothing, other.inverse_smoothing), (one.smoothing_rows, other.smoothing_rows)]
+    pairs = [(getattr(one, name), getattr(other, name)) for name in SHARED]
     coded = {m in layer.coded_modalities for layer in (one, other) for m in layer.correction_modalities}
     return same[0] == same[1] and len(coded) <= 1 and all(_equal(a, b) for a, b in pairs)
 

@@ -32,7 +32,7 @@ class Whitener:
     max_eigenvalue: float
 
 
-class SecondMoment:
+class Spectrum:
     """A symmetric positive semidefinite matrix whose eigen-decomposition is computed once, when it is first needed.
 
     Args:
@@ -93,8 +93,8 @@ class SecondMoment:
 
 
 def whitener(covariance: torch.Tensor, damping: float) -> Whitener:
-    """``SecondMoment(covariance).root(damping)``."""
-    return SecondMoment(covariance).root(damping)
+    """``Spectrum(covariance).root(damping)``."""
+    return Spectrum(covariance).root(damping)
 
 
 def damped_cholesky(covariance: torch.Tensor, damping: float) -> torch.Tensor:
@@ -102,7 +102,7 @@ def damped_cholesky(covariance: torch.Tensor, damping: float) -> torch.Tensor:
 
     Args:
         covariance: C, symmetric positive semidefinite [d, d].
-        damping: relative to the mean eigenvalue; the all-zero matrix gives L = I, as for ``SecondMoment.root``.
+        damping: relative to the mean eigenvalue; the all-zero matrix gives L = I, as for ``Spectrum.root``.
 
     Returns:
         float64 [d, d].

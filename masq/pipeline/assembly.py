@@ -10,7 +10,8 @@ import torch
 from masq.models.base import GROUPS, Modality, Role
 from masq.numerics.scheme import GROUP_ROLES
 from masq.pipeline.linears import Corrections, draft_group, equal_ranks, filled_ranks
-from masq.transforms.config import MbqSmoothing, NoRotation, NoSmoothing, SearchedSmoothing
+from masq.transforms.config import MbqSmoothing, NoSmoothing, SearchedSmoothing
+from masq.transforms.frame import NoCentring, NoRotation
 from masq.transforms.stages import apply_folds, moment_groups
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from masq.numerics.scheme import Scheme
     from masq.pipeline.linears import Draft
     from masq.rounding.config import GptqRounding, NearestRounding
-    from masq.transforms.config import Rotation, Smoothing
+    from masq.transforms.config import Smoothing
+    from masq.transforms.frame import Centring, Rotation
     from masq.transforms.stages import SmoothingPlan
 
 
@@ -41,6 +43,7 @@ class Stages:
     scheme: Scheme
     seed: int = 0
     rotation: Rotation = NoRotation()
+    centring: Centring = NoCentring()
     chain: Literal["quantized", "float"] = "quantized"
 
     def for_block(self, index: int, num_blocks: int) -> Stages:
@@ -68,6 +71,13 @@ class Stages:
     def search_moment_groups(self) -> tuple[str, ...]:
         """Groups whose second moments a search of smoothing needs, where they tell it all."""
         return moment_groups(self.smoothing, self.scheme) if isinstance(self.smoothing, SearchedSmoothing) else ()
+
+    @property
+    def centred_groups(self) -> tuple[str, ...]:
+        """Groups whose inputs are centred."""
+        if self.centring.kind == "none":
+            return ()
+        return tuple(group for group in self.centring.groups if set(GROUP_ROLES[group]) & set(self.scheme.formats))
 
     @property
     def compensated_groups(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from masq.calibration.cache import Request, StatisticsCache
 from masq.calibration.statistics import TokenSample
 from masq.pipeline.assembly import Stages, quantize_block
+from masq.transforms.centring import centred
 from masq.transforms.config import ConvexModalitySmoothing, SearchedSmoothing
 from masq.transforms.stages import SMOOTHING, SmoothingPlan
 
@@ -88,15 +89,17 @@ def requests(stages: Stages, prepared: Prepared) -> tuple[Request, Request]:
     if prepared.plans is None and stages.smoothing.kind != "none":
         fits_tokens = isinstance(stages.smoothing, SearchedSmoothing | ConvexModalitySmoothing)
         sample = prepared.sample if fits_tokens else None
-        smoothing = Request(stages.smoothing.groups, stages.search_moment_groups, of, sample)
-    gauged = stages.gauged_groups
-    rest = Request(gauged, stages.second_moment_groups, of, prepared.sample if gauged else None)
+        own = [group for group in stages.centred_groups if group in stages.smoothing.groups]
+        smoothing = Request(stages.smoothing.groups, stages.search_moment_groups, of, sample, own)
+    gauged, centres = stages.gauged_groups, stages.centred_groups
+    rest = Request(gauged, stages.second_moment_groups, of, prepared.sample if gauged else None, centres)
     if stages.smoothing_on_float == stages.moments_on_float:
         both = Request(
             {*smoothing.groups, *rest.groups},
             {*smoothing.second_moment, *rest.second_moment},
             of,
             smoothing.sample or rest.sample,
+            centres,
         )
         return (both, Request()) if stages.smoothing_on_float else (Request(), both)
     return rest, smoothing
@@ -135,8 +138,8 @@ def quantize_one(
         The note of ``quantize_block``, and what a search found.
     """
     of_float, of_quantized = requests(stages, prepared)
-    in_float = collect_on_float(prepared.cache, index, of_float, block, floats)
-    in_quantized = of_quantized.collect(block, quantized.hidden, quantized.replay)
+    in_float = centred(collect_on_float(prepared.cache, index, of_float, block, floats), of_float.centres)
+    in_quantized = centred(of_quantized.collect(block, quantized.hidden, quantized.replay), of_quantized.centres)
     smoothing = in_float if stages.smoothing_on_float else in_quantized
     rest = in_float if stages.moments_on_float else in_quantized
     plan = (

@@ -13,8 +13,9 @@ import torch
 from masq.compensation.gauge import GaugedLinear, PostCorrectionError, search_gauge
 from masq.compensation.low_rank import resolve_rank, scaled_covariance
 from masq.models.base import GROUPS, Modality, Role
+from masq.modules.centres import STORED, Centres
 from masq.numerics.hadamard import random_signs, rotate
-from masq.numerics.linalg import SecondMoment, Whitener
+from masq.numerics.linalg import Spectrum, Whitener
 from masq.rounding.nearest import round_nearest
 from masq.rounding.stages import pooled_moment
 from masq.transforms.smoothing import match_scale
@@ -73,6 +74,16 @@ class GroupInput:
         """What stands for a weight behind the smoothed and rotated input: W s_m R, float64 [O, I]."""
         return self.turn(weight * self.factor(modality, weight))
 
+    def centres(self, linear: torch.nn.Linear) -> Centres | None:
+        """What is taken from the rows that arrive, which a folded factor has divided already; None for nothing."""
+        if self.statistics is None or not self.statistics.centre:
+            return None
+        divided = self.factors[Modality.TEXT].double() if self.folded else 1.0
+        weight, rest = linear.weight.detach().double(), 0.0 if linear.bias is None else linear.bias.detach().double()
+        stored = {modality: (centre / divided).to(STORED) for modality, centre in self.statistics.centre.items()}
+        biases = {modality: weight @ (centre.double() * divided) + rest for modality, centre in stored.items()}
+        return Centres.of(stored, biases)
+
     def covariance(self, modality: Modality) -> torch.Tensor:
         """Second moment of the smoothed and rotated input, float64 [I, I]."""
         assert self.statistics is not None
@@ -98,7 +109,7 @@ class SecondMoments:
     """
 
     pooled: Mapping[Modality, torch.Tensor | None]
-    single: Mapping[Modality, SecondMoment]
+    single: Mapping[Modality, Spectrum]
     roots: Mapping[Modality, Whitener]
 
 
@@ -110,7 +121,7 @@ def second_moments(group: str, reads: GroupInput, stages: Stages) -> SecondMomen
         return SecondMoments(pooled, {}, {})
     assert reads.statistics is not None
     wanted = [m for m in reads.statistics.second_moment if remainders or m is not Modality.TEXT]
-    single = {m: SecondMoment(reads.covariance(m)) for m in wanted}
+    single = {m: Spectrum(reads.covariance(m)) for m in wanted}
     if not corrected:
         return SecondMoments(pooled, single, {})
     assert stages.compensation.kind != "none"

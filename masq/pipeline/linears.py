@@ -73,7 +73,7 @@ class Draft:
                 _require_finite(tensor, self.name, "correction")
         return QuantLinear(
             weights={m: one.weight for m, one in self.rounded.items()},
-            bias=self.linear.bias,
+            bias=self.reads.centres(self.linear) or self.linear.bias,
             activation=self.fmt.activation,
             context=context,
             smoothing=None if self.reads.folded or not self.reads.factors else self.reads.factors,

@@ -23,7 +23,7 @@ from masq.numerics.linalg import damped_cholesky
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from masq.numerics.linalg import SecondMoment
+    from masq.numerics.linalg import Spectrum
 
 # Of the mean of H's diagonal, added to it where it is inverted: directions that no token uses keep the weight of text.
 _DAMPING = 1e-3
@@ -44,7 +44,7 @@ class Remainder:
 
 def remainder(
     smoothed: Mapping[Modality, torch.Tensor],
-    covariances: Mapping[Modality, SecondMoment],
+    covariances: Mapping[Modality, Spectrum],
     ranks: Mapping[Modality, int],
     tokens: Mapping[Modality, int],
     share: Literal["signal", "tokens"],

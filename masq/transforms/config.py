@@ -1,4 +1,4 @@
-"""Configurations of the exact rewrites: rotation and smoothing. No torch here."""
+"""Configurations of smoothing. No torch here."""
 
 from __future__ import annotations
 
@@ -8,73 +8,13 @@ from typing import Literal
 
 from masq.errors import ConfigError, unknown_name
 from masq.numerics.scheme import GroupName, TensorFormat
-
-_GROUPS: tuple[GroupName, ...] = ("qkv", "output", "gate_up")
-_ALL_GROUPS: tuple[GroupName, ...] = (*_GROUPS, "down")
+from masq.transforms.frame import ALL_GROUPS, INNER_GROUPS, check_groups
 
 
 def _check(alpha: float, groups: tuple[str, ...]) -> None:
     if not 0 <= alpha <= 1:
         raise ConfigError("alpha must lie between 0 and 1", value=alpha)
-    if not groups or len(set(groups)) != len(groups):
-        raise ConfigError(
-            "groups must name at least one group of linears, each once", value=list(groups), remedy="use kind: none"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class NoRotation:
-    """The residual stream keeps its basis."""
-
-    kind: Literal["none"] = "none"
-
-
-@dataclass(frozen=True, slots=True)
-class HadamardRotation:
-    """Randomized Hadamard rotation (QuaRot, arXiv 2404.00456); the signs come from the seed of the run.
-
-    Attributes:
-        residual: rotate the residual stream, offline: embeddings and projectors of the towers included.
-        heads: rotate each head between values and output linear, offline.
-        down: rotate the input of ``down`` at run time.
-    """
-
-    kind: Literal["hadamard"] = "hadamard"
-    residual: bool = True
-    heads: bool = True
-    down: bool = True
-
-    def __post_init__(self) -> None:
-        """Reject a rotation of nothing.
-
-        Raises:
-            ConfigError: all three are off.
-        """
-        if not (self.residual or self.heads or self.down):
-            raise ConfigError("a rotation must rotate something", value="all off", remedy="use kind: none")
-
-
-@dataclass(frozen=True, slots=True)
-class SmoothedHadamardRotation:
-    """Randomized Hadamard rotation at run time of what linears read, after it was smoothed.
-
-    A rotation of the residual stream (``HadamardRotation``) lies before smoothing and costs nothing at run time; here
-    each modality's channels are brought to one size first and mixed then, at the cost of a fast transform per input.
-
-    Attributes:
-        groups: the groups of linears whose input is rotated.
-    """
-
-    kind: Literal["hadamard_smoothed"] = "hadamard_smoothed"
-    groups: tuple[GroupName, ...] = _ALL_GROUPS
-
-    def __post_init__(self) -> None:
-        """Reject a rotation of nothing.
-
-        Raises:
-            ConfigError: groups empty or repeated.
-        """
-        _check(0.0, self.groups)
+    check_groups(groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +37,7 @@ class SharedSmoothing:
 
     kind: Literal["shared"] = "shared"
     alpha: float = 0.5
-    groups: tuple[GroupName, ...] = _GROUPS
+    groups: tuple[GroupName, ...] = INNER_GROUPS
     fold: bool = True
     source: Literal["all", "text"] = "all"
 
@@ -121,7 +61,7 @@ class ModalitySmoothing:
 
     kind: Literal["modality"] = "modality"
     alpha: float = 0.5
-    groups: tuple[GroupName, ...] = _GROUPS
+    groups: tuple[GroupName, ...] = INNER_GROUPS
 
     def __post_init__(self) -> None:
         """Reject values out of range.
@@ -147,7 +87,7 @@ class ConvexModalitySmoothing:
     """
 
     kind: Literal["modality_convex"] = "modality_convex"
-    groups: tuple[GroupName, ...] = _ALL_GROUPS
+    groups: tuple[GroupName, ...] = ALL_GROUPS
     tokens: int = 512
     power: int = 16
     steps: int = 100
@@ -186,7 +126,7 @@ class AwqSmoothing:
     kind: Literal["awq"] = "awq"
     steps: int = 20
     error: Literal["squared", "absolute"] = "squared"
-    groups: tuple[GroupName, ...] = _ALL_GROUPS
+    groups: tuple[GroupName, ...] = ALL_GROUPS
     fold: bool = True
     tokens: int = 512
 
@@ -217,7 +157,7 @@ class MbqSmoothing:
     kind: Literal["mbq"] = "mbq"
     steps: int = 20
     error: Literal["squared", "absolute"] = "absolute"
-    groups: tuple[GroupName, ...] = _ALL_GROUPS
+    groups: tuple[GroupName, ...] = ALL_GROUPS
     fold: bool = True
     tokens: int = 512
     floor: Literal["median", "none"] = "median"
@@ -268,7 +208,7 @@ class LearnedModalitySmoothing:
 
     kind: Literal["modality_learned"] = "modality_learned"
     alpha: float = 0.5
-    groups: tuple[GroupName, ...] = _GROUPS
+    groups: tuple[GroupName, ...] = INNER_GROUPS
     epochs: int = 2
     learning_rate: float = 0.03
     loss_weights: Mapping[LossKey, float] = field(default_factory=_unit_weights)
@@ -302,7 +242,7 @@ class LearnedSharedSmoothing:
 
     kind: Literal["shared_learned"] = "shared_learned"
     alpha: float = 0.5
-    groups: tuple[GroupName, ...] = _GROUPS
+    groups: tuple[GroupName, ...] = INNER_GROUPS
     epochs: int = 2
     learning_rate: float = 0.03
     loss_weights: Mapping[LossKey, float] = field(default_factory=_unit_weights)
@@ -334,7 +274,6 @@ def _check_learned(config: LearnedSmoothing) -> None:
         raise ConfigError("loss_weights must be finite, not negative, and not all zero", value=dict(loss_weights))
 
 
-Rotation = NoRotation | HadamardRotation | SmoothedHadamardRotation
 LearnedSmoothing = LearnedModalitySmoothing | LearnedSharedSmoothing
 SearchedSmoothing = AwqSmoothing | MbqSmoothing
 Smoothing = (

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from masq.models.base import BlockAdapter, ModelAdapter
-    from masq.transforms.config import HadamardRotation
+    from masq.transforms.frame import HadamardRotation
 
 
 @torch.no_grad()

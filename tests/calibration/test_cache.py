@@ -19,7 +19,7 @@ REAL = (Modality.TEXT, Modality.VISION, Modality.AUDIO)
 
 def equal(first: dict[str, GroupStatistics], second: dict[str, GroupStatistics]) -> bool:
     def same(a: GroupStatistics, b: GroupStatistics) -> bool:
-        parts = ("abs_max", "second_moment", "abs_mean", "rows")
+        parts = ("abs_max", "second_moment", "abs_mean", "rows", "low", "high", "centre", "mean")
         # A sample of no tokens gives rows of none, or no rows.
         held = [{part: {m: t for m, t in getattr(one, part).items() if t.numel()} for part in parts} for one in (a, b)]
         pairs = [(held[0][part], held[1][part]) for part in parts]
@@ -49,6 +49,8 @@ def test_same_bits_in_whatever_order_requests_come(nano_model: Nano, tmp_path: P
         Request((), tuple(GROUPS)),
         Request(("qkv", "down"), ("qkv",), sample=sample(nano_model, 0)),
         Request(("qkv", "gate_up"), ("gate_up", "down"), sample=sample(nano_model, 5)),
+        Request(("qkv",), ("output",), centres=("qkv", "down")),
+        Request(centres=("gate_up",)),
         Request(),
     ]
     for order in (requests, requests[::-1]):

@@ -21,7 +21,7 @@ from masq.models.base import ModelAdapter, Sample
 from masq.models.qwen2_5_vl import Qwen25VLAdapter
 from masq.models.zoo import nano
 from masq.modules.modality import install
-from masq.transforms.config import HadamardRotation
+from masq.transforms.frame import HadamardRotation
 from masq.transforms.rotation import rotate_model
 from tests.evaluation.conftest import naive_nll
 

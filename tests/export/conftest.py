@@ -20,7 +20,8 @@ from masq.modules.modality import install
 from masq.numerics.scheme import Override, Scheme, TensorFormat
 from masq.pipeline.loop import quantize
 from masq.pipeline.store import BlockStore
-from masq.transforms.config import HadamardRotation, LearnedModalitySmoothing, SharedSmoothing
+from masq.transforms.config import LearnedModalitySmoothing, ModalitySmoothing, SharedSmoothing
+from masq.transforms.frame import HadamardRotation, ModalityCentring
 from tests.nano_fixtures import NANO, nano_adapter, stages
 
 GROUPED = TensorFormat(4, symmetric=False, granularity="per_group", group_size=8)
@@ -44,6 +45,15 @@ CELLS: dict[str, tuple[str, Scheme, dict[str, Any]]] = {
         {
             "smoothing": LearnedModalitySmoothing(epochs=1),
             "compensation": WhitenedLowRank(rank_ratio=0.15, dtype="int8"),
+        },
+    ),
+    "centred": (
+        "rtn",
+        Scheme.preset("w4a8"),
+        {
+            "centring": ModalityCentring(),
+            "smoothing": ModalitySmoothing(),
+            "compensation": WhitenedLowRank(rank_ratio=0.15, dtype="int8", gauge="text"),
         },
     ),
     "quarot": ("rtn", Scheme.preset("w4a8"), {"rotation": HadamardRotation()}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_the_loaded_model_is_the_one_that_was_exported(cell, name, model, kernel
 @pytest.mark.parametrize(
     ("name", "model"),
     [
-        *((name, "nano_omni") for name in ("rtn", "masquant", "int8_factors", "quarot")),
+        *((name, "nano_omni") for name in ("rtn", "masquant", "int8_factors", "centred", "quarot")),
         *((name, model) for name in ("masquant", "quarot") for model in NANO if model != "nano_omni"),
     ],
 )
@@ -104,7 +105,7 @@ def test_the_simulation_answers_alike(cell, name, model):
     assert torch.equal(answers(loaded, made.prompts), answers(made.adapter.model, made.prompts))
 
 
-@pytest.mark.parametrize("name", ["run_time", "masquant", "int8_factors", "quarot", "w4a16", "mixed"])
+@pytest.mark.parametrize("name", ["run_time", "masquant", "int8_factors", "centred", "quarot", "w4a16", "mixed"])
 def test_saved_again_it_is_the_same(cell, name, tmp_path):
     """transformers' own save_pretrained, after a kernel took the weights over, in one file and in several."""
     made = cell(name)
@@ -188,6 +189,34 @@ def test_coded_factors_are_the_documented_ones(cell):
     assert (found - wanted).norm() <= 1e-6 * wanted.norm()
     # Other checkpoints stay of the version that older programs read.
     assert all(read_config(cell(other).folder)["quantization_config"]["version"] == 1 for other in ("rtn", "masquant"))
+
+
+def test_centres_are_the_documented_ones(cell):
+    """Their tensors as the docstring of masq.export.checkpoint says, in a version of their own."""
+    made = cell("centred")
+    config = json.loads((made.folder / "config.json").read_text())["quantization_config"]
+    assert config["version"] == 3
+    name = "model.language_model.layers.1.self_attn.o_proj"
+    assert config["linears"][name]["centres"] == 3
+    assert config["linears"][name]["bias"] == "float32"
+    layer = made.adapter.blocks()[1].linear("output")
+    with safe_open(made.folder / "model.safetensors", framework="pt") as file:
+        centre, rows, bias = (file.get_tensor(f"{name}.{part}") for part in ("centre", "centre_rows", "bias"))
+    assert (centre.dtype, tuple(centre.shape)) == (torch.bfloat16, (3, layer.in_features))
+    assert torch.equal(centre, layer.centre)
+    assert rows.tolist() == [0, 1, 2]
+    assert torch.equal(bias, layer.bias)
+
+
+def test_a_centre_that_is_not_there_is_refused(cell, tmp_path):
+    made = cell("centred")
+    folder = tmp_path / "copy"
+    shutil.copytree(made.folder, folder)
+    config = read_config(folder)
+    config["quantization_config"]["linears"]["model.language_model.layers.1.self_attn.o_proj"]["centres"] = 4
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError):
+        checkpoint.load(folder)
 
 
 def test_bytes_of_coded_factors(cell):

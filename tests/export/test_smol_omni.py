@@ -15,7 +15,8 @@ from masq.modules.modality import install
 from masq.modules.packed_linear import pack_blocks
 from masq.pipeline.loop import quantize
 from masq.pipeline.store import BlockStore
-from masq.transforms.config import HadamardRotation, ModalitySmoothing
+from masq.transforms.config import ModalitySmoothing
+from masq.transforms.frame import HadamardRotation
 from tests.nano_fixtures import stages
 
 CONFIG = ModelConfig("smol_omni", "qwen2_5_omni", "zoo:smol_omni", ("text", "vision", "audio"), dtype="float32")

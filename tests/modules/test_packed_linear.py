@@ -11,6 +11,7 @@ from torch import nn
 from masq.errors import ConfigError, MasqError
 from masq.kernels.base import PreparedFactors
 from masq.models.base import Modality
+from masq.modules.centres import STORED, Centres
 from masq.modules.modality import ModalityContext
 from masq.modules.packed_linear import PackedLinear
 from masq.modules.quant_linear import QuantLinear
@@ -305,7 +306,7 @@ def test_empty_layers_are_filled_by_name(scheme, factors, context):
             fmt,
             context=context,
             bias=torch.bfloat16,
-            num_smoothing=3,
+            num_rows=(3, 0),
             ranks={m: (3, factors) for m in (VISION, AUDIO)},
             kernel="reference",
         )
@@ -380,3 +381,45 @@ def test_refusals(context):
     context.clear()
     with pytest.raises(MasqError, match="modality"):
         packed(rand(*IDS.shape, 24))
+
+
+def centres(d_in: int, d_out: int, modalities: tuple[Modality, ...] = (TEXT, VISION), *, seed: int = 0) -> Centres:
+    """Centres of the group are shared, biases are the linear's own."""
+    points = {m: 3 * rand(d_in, seed=200 + int(m)).to(STORED) for m in modalities}
+    return Centres.of(points, {m: rand(d_out, seed=300 + seed + int(m)) for m in modalities})
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("modalities", [(TEXT,), (TEXT, VISION), (TEXT, VISION, AUDIO)])
+def test_centred_rows_equal_the_simulation(scheme, dtype, modalities, context):
+    layer = simulated(48, 33, scheme, context, dtype=dtype, bias=centres(48, 33, modalities))
+    packed = PackedLinear.from_simulated(layer, "reference")
+    x = 3 * rand(*IDS.shape, 48, seed=9).to(dtype)
+    assert torch.equal(packed(x), layer(x))
+    context.set(torch.zeros_like(IDS))
+    difference = (packed(x).float() - layer(x).float()).abs().max()
+    assert float(difference) <= (1e-5 if dtype == torch.float32 else 0.06) * float(layer(x).abs().max())
+
+
+def test_centres_survive_their_state_a_cast_and_a_stack(context):
+    layers = [simulated(48, out, "w4a8", context, seed=out, bias=centres(48, out, seed=out)) for out in (5, 9)]
+    x = 3 * rand(*IDS.shape, 48, seed=9)
+    expected = [layer(x) for layer in layers]
+    packed = [PackedLinear.from_simulated(layer, "reference") for layer in layers]
+    stack(packed)
+    assert packed[0].stack is packed[1].stack
+    assert all(torch.equal(one(x), wanted) for one, wanted in zip(packed, expected, strict=True))
+    again = QuantLinear.from_state(
+        layers[0].state_dict(), weight=layers[0].weight_format, activation=layers[0].activation, context=context,
+        dtype=torch.float32,
+    )  # fmt: skip
+    assert torch.equal(again(x), expected[0])
+    states = [one.state_dict() for one in packed]
+    assert states[1]["centre"].data_ptr() != states[0]["centre"].data_ptr()
+    assert all(torch.equal(states[0][key], value) for key, value in layers[0].state_dict().items() if "centre" in key)
+    cast = packed[0].to(torch.float16)
+    assert cast.centre is not None
+    assert cast.centre.dtype == STORED
+    other = PackedLinear.from_simulated(simulated(48, 9, "w4a8", context), "reference")
+    assert not can_stack(packed[0], other)

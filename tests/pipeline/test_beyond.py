@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from masq.compensation.config import WhitenedLowRank
+from masq.compensation.config import NoCompensation, WhitenedLowRank
 from masq.errors import ConfigError, ModelError
 from masq.models.base import Modality
 from masq.modules.footprint import footprint
@@ -18,14 +18,9 @@ from masq.numerics.hadamard import random_signs, rotate
 from masq.numerics.scheme import Scheme
 from masq.pipeline import loop
 from masq.pipeline.store import ALL_ROLES, BlockStore, block_tensors
-from masq.rounding.config import ClipSearch, GptqRounding
-from masq.transforms.config import (
-    ConvexModalitySmoothing,
-    HadamardRotation,
-    ModalitySmoothing,
-    NoSmoothing,
-    SmoothedHadamardRotation,
-)
+from masq.rounding.config import ClipSearch, GptqRounding, NearestRounding
+from masq.transforms.config import ConvexModalitySmoothing, ModalitySmoothing, NoSmoothing, SharedSmoothing
+from masq.transforms.frame import HadamardRotation, ModalityCentring, NoRotation, SmoothedHadamardRotation
 from tests.nano_fixtures import Nano, killed_after, make_nano, nano_model, stages  # noqa: F401
 
 REMAINDER = GptqRounding(tokens="remainder", share="signal", clip=ClipSearch(steps=4))
@@ -34,6 +29,7 @@ CONVEX = ConvexModalitySmoothing(tokens=64, steps=30)
 ARMS = {
     "masq": {"smoothing": CONVEX, "rounding": REMAINDER, "compensation": FILLED},
     "masq_rot": {"rotation": HadamardRotation(), "rounding": REMAINDER, "compensation": FILLED},
+    "centred": {"centring": ModalityCentring(), "smoothing": CONVEX, "rounding": REMAINDER, "compensation": FILLED},
     "behind_smoothing": {
         "rotation": SmoothedHadamardRotation(),
         "smoothing": CONVEX,
@@ -138,6 +134,19 @@ def test_a_rotation_behind_smoothing_helps_where_channels_stand_out(nano_model: 
         errors[rotation is not None] = float((layer(x).double() - x.double() @ weight.t()).norm())
     nano_model.context.clear()
     assert errors[True] < 0.7 * errors[False]
+
+
+@pytest.mark.parametrize("smoothing", [NoSmoothing(), SharedSmoothing()])
+@pytest.mark.parametrize("rotation", [NoRotation(), HadamardRotation()])
+def test_centred_inputs_keep_the_float_model(tmp_path: Path, smoothing, rotation) -> None:
+    """At eight bits little is lost, whatever a norm has folded or a rotation has mixed."""
+    nano = make_nano(num_samples=2)
+    slots = {"centring": ModalityCentring(), "smoothing": smoothing, "rotation": rotation}
+    report = run(nano, tmp_path, "masq", "w8a8", rounding=NearestRounding(), compensation=NoCompensation(), **slots)
+    assert all(value > 25 for block in report.blocks for value in block["sqnr"].values())
+    layers = [block.linear(role) for block in nano.adapter.blocks() for role in ALL_ROLES]
+    assert all(isinstance(layer, QuantLinear) and layer.centre is not None for layer in layers)
+    assert footprint(nano.adapter.blocks()).to_dict()["centres"] > 0
 
 
 def test_nothing_to_search_without_smoothing(tmp_path: Path) -> None:

@@ -20,12 +20,12 @@ from masq.pipeline.store import ALL_ROLES, BlockStore, block_tensors
 from masq.rounding.config import ClipSearch, GptqRounding, NearestRounding
 from masq.transforms.config import (
     AwqSmoothing,
-    HadamardRotation,
     LearnedModalitySmoothing,
     LearnedSharedSmoothing,
     MbqSmoothing,
     SharedSmoothing,
 )
+from masq.transforms.frame import HadamardRotation
 from tests.nano_fixtures import Nano, killed_after, make_nano, stages
 
 MIXED = Scheme(

@@ -17,7 +17,8 @@ from masq.pipeline import loop
 from masq.pipeline.loop import QuantizationReport
 from masq.pipeline.store import BlockStore, block_tensors
 from masq.rounding.config import GptqRounding
-from masq.transforms.config import AwqSmoothing, HadamardRotation, MbqSmoothing
+from masq.transforms.config import AwqSmoothing, MbqSmoothing
+from masq.transforms.frame import HadamardRotation
 from tests.nano_fixtures import Nano, killed_after, make_nano, stages
 
 W3A16 = Scheme("w3a16", TensorFormat(3, symmetric=False, granularity="per_group", group_size=8), None)

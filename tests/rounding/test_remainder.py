@@ -10,7 +10,7 @@ import torch
 from masq.calibration.statistics import GroupStatistics
 from masq.compensation.low_rank import fit_low_rank_from_covariance
 from masq.models.base import Modality
-from masq.numerics.linalg import SecondMoment
+from masq.numerics.linalg import Spectrum
 from masq.numerics.scheme import Scheme
 from masq.rounding.config import GptqRounding
 from masq.rounding.gptq import round_gptq
@@ -32,8 +32,8 @@ def covariances(seed: int, inputs: int = 20) -> dict[Modality, torch.Tensor]:
     return found
 
 
-def shared(moments: dict[Modality, torch.Tensor]) -> dict[Modality, SecondMoment]:
-    return {m: SecondMoment(moment) for m, moment in moments.items()}
+def shared(moments: dict[Modality, torch.Tensor]) -> dict[Modality, Spectrum]:
+    return {m: Spectrum(moment) for m, moment in moments.items()}
 
 
 def weight(seed: int = 0, inputs: int = 20) -> torch.Tensor:
@@ -57,7 +57,7 @@ def test_without_corrections_and_with_one_factor_it_is_gptq_on_the_summed_hessia
 def test_the_tail_loses_the_strongest_directions(rank: int) -> None:
     matrix = covariances(1)[VISION]
     values = torch.linalg.eigvalsh(matrix)
-    left = torch.linalg.eigvalsh(SecondMoment(matrix).tail(rank))
+    left = torch.linalg.eigvalsh(Spectrum(matrix).tail(rank))
     expected = torch.cat([torch.zeros(rank, dtype=torch.float64), values[: 20 - rank]]).sort().values
     assert torch.allclose(left.sort().values, expected, atol=1e-9 * float(values[-1]))
 
@@ -73,7 +73,7 @@ def test_the_goal_minimises_the_sum_it_stands_for(share: str) -> None:
     def total(found: torch.Tensor) -> float:
         result = 0.0
         for modality, moment in moments.items():
-            left = SecondMoment(moment).tail({VISION: 3, AUDIO: 2}.get(modality, 0))
+            left = Spectrum(moment).tail({VISION: 3, AUDIO: 2}.get(modality, 0))
             error = smoothed[modality] - found
             energy = float(((smoothed[modality] @ moment) * smoothed[modality]).sum())
             weight_of = TOKENS[modality] if share == "tokens" else 1 / energy

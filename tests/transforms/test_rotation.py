@@ -15,7 +15,7 @@ from masq.models.config import TAKES
 from masq.models.loading import FAMILIES
 from masq.models.rotated import RotatedInput
 from masq.models.zoo import nano
-from masq.transforms.config import HadamardRotation
+from masq.transforms.frame import HadamardRotation
 from masq.transforms.rotation import rotate_model
 from tests.nano_fixtures import NANO
 
