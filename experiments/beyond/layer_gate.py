@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import yaml
 
+from experiments.beyond import affine
 from masq.calibration.data import batches, dataset_hash, load_samples
 from masq.calibration.replay import BlockData, ReplayBatch, advance, capture
 from masq.compose import compose
@@ -44,6 +45,8 @@ from masq.transforms.learned import learn_factors
 from masq.transforms.rotation import rotate_model
 from masq.transforms.stages import SMOOTHING, SmoothingPlan
 
+AFFINE = "affine"
+"""The arm that is no composition of stages."""
 ARMS = Path(__file__).with_name("arms.yaml")
 BLOCKS = (2, 7, 12, 17, 22, 27)
 SEEDS = (0, 1, 2)
@@ -249,6 +252,23 @@ def run_arm(
     return {**measure(block, copied, held_out, context), "seconds": seconds, "bits": size, "note": note}
 
 
+def run_affine(
+    block: BlockAdapter, chain: Chain, held_out: HeldOut, stages: Stages, context: ModalityContext
+) -> dict[str, Any]:
+    """Learn the affine baseline on a copy of a float block, and measure it; the chain gives its targets."""
+    rounded = copy.deepcopy(block)
+    quantize_one(rounded, 0, chain, chain, stages, context, Prepared())
+    size = footprint([rounded]).to_dict()
+    copied, started = copy.deepcopy(block), time.perf_counter()
+    pairs = zip(chain.hidden, chain.replay, strict=True)
+    targets = [advance(block, hidden, batch, "affine") for hidden, batch in pairs]
+    parameters = affine.attach(copied, stages.scheme, stages.seed)
+    losses = affine.learn(copied, parameters, chain, targets, affine.EPOCHS)
+    found = measure(block, copied, held_out, context)
+    seconds = time.perf_counter() - started
+    return {**found, "seconds": seconds, "bits": affine.stored_bits(parameters, size), "note": {"losses": losses}}
+
+
 def missing(record: Mapping[str, Any], names: Sequence[str], blocks: Sequence[int], seed: int) -> dict[str, list[int]]:
     """Blocks that are not in the record, by arm."""
     left = {
@@ -278,7 +298,11 @@ def run(scheme: str, names: Sequence[str], seeds: Sequence[int], blocks: Sequenc
                 plans: dict[str, tuple[SmoothingPlan, float]] = {}
                 for name in [name for name in together if index in todo[name]]:
                     stages = stages_of(configs[name])
-                    found = run_arm(chains.adapter, index, block, chain, held_out, stages, chains.context, plans)
+                    if name == AFFINE:
+                        own = stages.for_block(index, len(chains.adapter.blocks()))
+                        found = run_affine(block, chain, held_out, own, chains.context)
+                    else:
+                        found = run_arm(chains.adapter, index, block, chain, held_out, stages, chains.context, plans)
                     record["arms"].setdefault(name, {}).setdefault(str(seed), {})[str(index)] = found
                     _LOG.info("%s %s", name, found["block"])
                 hashes = {**chains.hashes, "model": fingerprint(config.model, None)}
