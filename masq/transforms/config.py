@@ -74,13 +74,15 @@ class ModalitySmoothing:
 
 @dataclass(frozen=True, slots=True)
 class ConvexModalitySmoothing:
-    """One factor per modality, the optimum of a convex model of the quantization error; never folded.
+    """One factor per modality, the optimum of a convex model of the quantization error.
 
     The uniform-noise model of per-token activations and per-channel weights is log-convex in log s, so that it has one
     optimum, found without gradients through rounding, learning rate or seed (``masq.transforms.convex``).
 
     Attributes:
         groups: the groups of linears that are smoothed.
+        shared: those of them whose factor serves all modalities: without a correction behind it, a factor of its own
+            costs a modality more than it gains, for the stored weight has that of text.
         tokens: at most so many of each modality are looked at.
         power: largest magnitudes are taken as norms of this order, which are smooth.
         steps: iterations of L-BFGS at most.
@@ -88,6 +90,7 @@ class ConvexModalitySmoothing:
 
     kind: Literal["modality_convex"] = "modality_convex"
     groups: tuple[GroupName, ...] = ALL_GROUPS
+    shared: tuple[GroupName, ...] = ("down",)
     tokens: int = 512
     power: int = 16
     steps: int = 100
@@ -99,6 +102,8 @@ class ConvexModalitySmoothing:
             ConfigError: tokens, power or steps out of range, or groups empty or repeated.
         """
         _check(0.0, self.groups)
+        if len(set(self.shared)) != len(self.shared):
+            raise ConfigError("shared must name a group of linears once", value=list(self.shared))
         if self.tokens < 1:
             raise ConfigError("tokens must be positive", value=self.tokens, remedy="512 is the default")
         if not 2 <= self.power <= 64:

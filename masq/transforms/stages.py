@@ -173,17 +173,26 @@ def fit_modality(
 def fit_convex(
     block: BlockAdapter, statistics: Mapping[str, GroupStatistics], config: ConvexModalitySmoothing, scheme: Scheme
 ) -> SmoothingPlan:
-    """One factor per modality, the optimum of a convex error model on sampled tokens; never folded.
+    """One factor per modality, or one for all, the optimum of a convex error model on sampled tokens; never folded.
 
-    Scale the model leaves open: every factor has the geometric mean of text's, which is 1.
+    The scale that the model leaves open is set so that every factor has geometric mean 1. For a shared factor relative
+    errors of the modalities count alike: their rows are brought to one root mean square.
     """
     factors = {}
     for group in config.groups:
         linears = _searched_linears(block, group, scheme)
         if linears:
             rows = statistics[group].rows
-            factors[group] = {m: convex_factor(rows[m], linears, config.power, config.steps) for m in rows}
+            if group in config.shared:
+                rows = {Modality.TEXT: torch.cat([one / _root_mean_square(one) for one in rows.values()])}
+            found = {m: convex_factor(one, linears, config.power, config.steps) for m, one in rows.items()}
+            factors[group] = for_all_modalities(found[Modality.TEXT]) if group in config.shared else found
     return SmoothingPlan(factors)
+
+
+def _root_mean_square(rows: torch.Tensor) -> float:
+    """Of rows [n, I]; 1 for rows of zeros."""
+    return float(rows.double().square().mean().sqrt()) or 1.0
 
 
 def fit_shared_start(

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from masq.errors import NumericalError
+from masq.calibration.cache import Request
+from masq.calibration.statistics import TokenSample
+from masq.errors import ConfigError, NumericalError
+from masq.models.base import Modality
 from masq.numerics.scheme import Scheme
+from masq.transforms.config import ConvexModalitySmoothing
 from masq.transforms.convex import ErrorModel, convex_factor
 from masq.transforms.search import SearchedLinear
+from masq.transforms.stages import fit_convex
+from tests.nano_fixtures import Nano, nano_model  # noqa: F401
 
 
 def problem(seed: int = 0, scheme: str = "w4a6", inputs: int = 24) -> tuple[torch.Tensor, list[SearchedLinear]]:
@@ -96,3 +104,26 @@ def test_rows_that_are_not_finite_are_refused() -> None:
     rows[0, 0] = float("nan")
     with pytest.raises(NumericalError, match="finite"):
         convex_factor(rows, linears, 16, 10)
+
+
+def test_a_shared_group_has_one_factor_and_weighs_modalities_alike(nano_model: Nano) -> None:  # noqa: F811
+    block = nano_model.adapter.blocks()[0]
+    sample = TokenSample.draw([batch.modality for batch in nano_model.replay], 40, 0)
+    statistics = Request(("qkv", "down"), sample=sample).collect(block, nano_model.hidden, nano_model.replay)
+    scheme = Scheme.preset("w4a6")
+    config = ConvexModalitySmoothing(groups=("qkv", "down"), steps=30)
+    found = fit_convex(block, statistics, config, scheme).factors
+    own, shared = (list(found[group].values()) for group in ("qkv", "down"))
+    assert all(torch.equal(shared[0], one) for one in shared)
+    assert not any(torch.equal(own[0], one) for one in own[1:])
+    loud = {m: rows * (1000 if m is Modality.VISION else 1) for m, rows in statistics["down"].rows.items()}
+    scaled = {**statistics, "down": replace(statistics["down"], rows=loud)}
+    again = fit_convex(block, scaled, config, scheme).factors
+    assert torch.allclose(again["down"][Modality.TEXT], found["down"][Modality.TEXT], rtol=1e-3)
+    alone = fit_convex(block, statistics, replace(config, shared=()), scheme).factors["down"]
+    assert not torch.equal(alone[Modality.TEXT], alone[Modality.VISION])
+
+
+def test_a_shared_group_is_named_once() -> None:
+    with pytest.raises(ConfigError, match="once"):
+        ConvexModalitySmoothing(shared=("down", "down"))
