@@ -119,7 +119,10 @@ def test_every_cell_decodes_or_says_why_not() -> None:
             one = {"calibration": "default", "evaluation": "quick"}
             fixed = {group: {value: parts[group][value]} for group, value in one.items()}
             check_cells({**parts, **fixed, "model": {name: other}})
-    check_cells({**parts, "model": {name: parts["model"][name] for name in ("nano_omni", "qwen2_5_vl_7b")}})
+    two = {**parts, "model": {name: parts["model"][name] for name in ("nano_omni", "qwen2_5_vl_7b")}}
+    check_cells({**two, **{group: dict([next(iter(two[group].items()))]) for group in ("evaluation", "output")}})
+    few = {"scheme": ("w4a6",), "method": ("none", "masquant")}
+    check_cells({**two, **{group: {name: two[group][name] for name in names} for group, names in few.items()}})
 
 
 def check_cells(parts: dict[str, dict[str, Any]]) -> None:

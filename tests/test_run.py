@@ -6,7 +6,9 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -425,6 +427,12 @@ run(decode(json.loads(sys.argv[1])))
 """
 
 
+@pytest.fixture(scope="module")
+def undisturbed(splits: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunRecord]:
+    """The record of a method that nothing interrupted, made once."""
+    return lru_cache(lambda method: run(config(splits, tmp_path_factory.mktemp(method), method)))
+
+
 @pytest.mark.parametrize(
     ("method", "where", "after"),
     [
@@ -436,13 +444,18 @@ run(decode(json.loads(sys.argv[1])))
     ],
 )
 def test_kill_and_resume_is_bit_identical(
-    splits: dict[str, Path], tmp_path: Path, method: str, where: str, after: int
+    undisturbed: Callable[[str], RunRecord],
+    splits: dict[str, Path],
+    tmp_path: Path,
+    method: str,
+    where: str,
+    after: int,
 ) -> None:
     """SIGKILL while calibrating and while evaluating: the resumed record equals an undisturbed one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        expected = run(config(splits, tmp_path / "undisturbed", method))
+        expected = undisturbed(method)
         arguments = [json.dumps(plain(splits, tmp_path / "killed", method)), where, str(after)]
         killed = subprocess.run([sys.executable, "-c", KILLER, *arguments], capture_output=True, check=False)
         assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
