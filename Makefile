@@ -26,7 +26,8 @@ TOOLS := espeak-ng bible-kjv bible-kjv-text python3.11-doc fonts-dejavu-core fon
 	fonts-roboto-slab fonts-cantarell fonts-cabin fonts-urw-base35 fonts-texgyre fonts-ebgaramond fonts-linuxlibertine \
 	fonts-hack fonts-inconsolata fonts-firacode fonts-comfortaa fonts-quicksand fonts-sil-gentium fonts-sil-charis
 TEST_ARGS ?=
-# Tests run in so many processes, one thread each: faster than one process with as many threads.
+# Tests run in so many processes, one thread each: faster than one process with as many threads. Each begins with a
+# stretch of files, so that what a file shares is made once, and helps another out when it is done (worksteal).
 TEST_WORKERS ?= 2
 
 comma := ,
@@ -73,7 +74,7 @@ demo: $(STAMP)  ## six methods on the embedded tri-modal model at w4a6, then the
 	@echo "Records: $(DEMO_ROOT)/*/record.json; the same table in other formats: $(BIN)/masq table --help"
 
 test: $(STAMP)  ## the tests: CPU, offline, without the slow ones
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_WORKERS) $(TEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_WORKERS) --dist worksteal $(TEST_ARGS)
 
 check: $(STAMP)  ## ruff, pyright, import contracts, and every configuration composes
 	@failed=; \

@@ -25,7 +25,8 @@ from masq.run import run
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
-TABLES = [name for name in tables.names() if tables.stored(name)]
+# Which of them have records is not asked here: it composes every cell, for whoever collects this file.
+TABLES = tables.names()
 
 
 def test_records_are_those_of_cells_finished_and_clean() -> None:
@@ -44,10 +45,11 @@ def test_records_are_those_of_cells_finished_and_clean() -> None:
 
 @pytest.mark.parametrize("name", TABLES)
 def test_all_cells_saw_the_same_data_and_weights(name: str) -> None:
-    seen = [record.provenance["data"] for record in tables.stored(name)]
-    assert len({data["evaluation"] for data in seen}) == len({data["model"] for data in seen}) == 1
+    stored = tables.stored(name)
+    seen = [record.provenance["data"] for record in stored]
+    assert len({data["evaluation"] for data in seen}) == len({data["model"] for data in seen}) == bool(stored)
     by_draw: dict[str, set[str]] = {}
-    for record in tables.stored(name):
+    for record in stored:
         if "calibration" in record.provenance["data"]:
             draw = str({key: record.config["calibration"].get(key) for key in ("seed", "samples_per_task", "mix")})
             by_draw.setdefault(draw, set()).add(record.provenance["data"]["calibration"])
@@ -56,7 +58,11 @@ def test_all_cells_saw_the_same_data_and_weights(name: str) -> None:
 
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_are_those_of_the_records(name: str) -> None:
-    assert (RESULTS / "tables" / f"{name}.md").read_text() == tables.text(name)
+    file = RESULTS / "tables" / f"{name}.md"
+    if tables.stored(name):
+        assert file.read_text() == tables.text(name)
+    else:
+        assert not file.exists(), "a table of nothing"
 
 
 def test_packed_execution_has_the_numbers_of_the_simulation() -> None:
@@ -79,7 +85,7 @@ def test_every_table_composes_and_names_its_cells_once() -> None:
 
 
 def test_a_cell_without_a_record_says_so() -> None:
-    for name in TABLES:
+    for name in filter(tables.stored, TABLES):
         left = missing(tables.table(name), tables.index())
         assert left == len(rows(tables.table(name), tables.index())) - len(tables.stored(name))
         assert tables.text(name).count(": not run") >= (left > 0)

@@ -144,7 +144,6 @@ def _run_language(
     folder: Path,
     progress: Progress,
 ) -> None:
-    from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     from masq.evaluation.language import MasqLm
@@ -154,11 +153,26 @@ def _run_language(
         LocalTextTask({"task": PREFIX + task}, own, config.split, adapter.tokenizer) for task, own in by_task.items()
     ]
     model = MasqLm(adapter, folder=folder / "likelihood", batch_size=config.batch_size, progress=progress)
-    found = simple_evaluate(
+    found = evaluate_language(
         model=model, tasks=tasks, task_manager=TaskManager(include_defaults=False), bootstrap_iters=0, log_samples=True
     )
     _take(seen, found, by_task)
     seen.versions["lm-eval"] = version("lm-eval")
+
+
+def evaluate_language(**arguments: Any) -> Any:
+    """``simple_evaluate`` of lm-eval without its description of the machine, which the record has (``provenance``).
+
+    It asks pip for every installed package: more than a second for each run, longer than a small model takes.
+    """
+    from lm_eval import evaluator
+
+    describe = evaluator.add_env_info
+    evaluator.add_env_info = lambda _results: None
+    try:
+        return evaluator.simple_evaluate(**arguments)
+    finally:
+        evaluator.add_env_info = describe
 
 
 def _take(seen: Seen, found: Any, by_task: dict[str, list[Sample]]) -> None:

@@ -13,7 +13,7 @@ from masq.evaluation.benchmark import Benchmark
 from masq.evaluation.benchmarks import BENCHMARKS
 from masq.evaluation.evaluate import EvaluationResult
 from masq.evaluation.generation import Answer, health
-from masq.evaluation.harness import quiet
+from masq.evaluation.harness import evaluate_language, quiet
 from masq.evaluation.scoring import Score
 from masq.files import canonical_hash
 from masq.models.conversation import Conversation
@@ -160,12 +160,11 @@ def _multimodal(
 def _language(
     adapter: ModelAdapter, benchmark: Benchmark, task: Any, config: EvaluationConfig, folder: Path, progress: Progress
 ) -> tuple[Any, list[Answer], dict[str, Any]]:
-    from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     from masq.evaluation.language import MasqLm
 
-    found = simple_evaluate(
+    found = evaluate_language(
         model=MasqLm(adapter, folder=folder / "likelihood", batch_size=config.batch_size, progress=progress),
         tasks=[task],
         task_manager=TaskManager(include_defaults=False),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from masq.config import RunConfig, decode, to_dict
 from masq.errors import DataError
@@ -42,7 +41,7 @@ def cell_key(config: dict[str, Any]) -> str:
         kept[group] = {name: value for name, value in kept[group].items() if name not in names}
     if kept["method"]["rounding"]["kind"] == "none":
         kept = {name: value for name, value in kept.items() if name not in ("scheme", "calibration", "seed")}
-    return yaml.safe_dump(kept, sort_keys=True)
+    return json.dumps(kept, sort_keys=True)
 
 
 class RecordIndex:

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lm_eval.evaluator
 import lmms_eval.evaluator
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from masq.errors import ConfigError, DataError
 from masq.evaluation.benchmark import Benchmark
 from masq.evaluation.benchmark_tasks import RATE, Recording, make_task, read_records, read_rows, task_manager
 from masq.evaluation.benchmarks import BENCHMARKS, SUITES
+from masq.evaluation.harness import evaluate_language
 from masq.evaluation.language import MasqLm
 from masq.evaluation.multimodal import MasqLmms
 from masq.evaluation.statistics import value
@@ -190,7 +190,7 @@ def run_language(model: LM, names: Sequence[str], folder: Path) -> dict[str, Any
     tasks: list[Any] = [make_task(benchmark(name), FOLDER) for name in names]
     settings = benchmark(names[0]).arguments(folder)
     manager = task_manager(benchmark(names[0]))
-    found = lm_eval.evaluator.simple_evaluate(model=model, tasks=tasks, task_manager=manager, **settings)
+    found = evaluate_language(model=model, tasks=tasks, task_manager=manager, **settings)
     assert found is not None
     return dict(found)
 

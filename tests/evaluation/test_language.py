@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from masq.errors import ConfigError, ModelError, NumericalError
+from masq.evaluation.harness import evaluate_language
 from masq.evaluation.language import MasqLm
 from masq.evaluation.local.language_task import LocalTextTask
 from masq.models.base import ModelAdapter, Sample
@@ -30,7 +30,7 @@ Make = Callable[..., ModelAdapter]
 
 def ask(model: MasqLm, *tasks: LocalTextTask) -> Any:
     manager = TaskManager(include_defaults=False)
-    return simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0)
+    return evaluate_language(model=model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0)
 
 
 def task(name: str, samples: list[Sample], adapter: ModelAdapter) -> LocalTextTask:
@@ -45,6 +45,21 @@ def test_perplexity_is_that_of_a_plain_loop(make_model: Make, samples: list[Samp
     values = [value for one in prose for value in naive_nll(adapter, one)]
     expected = math.exp(sum(values) / len(values))
     assert found["results"]["masq_prose"]["perplexity,none"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_machine_is_not_described_a_second_time(
+    make_model: Make, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval import evaluator
+
+    describe, adapter = evaluator.add_env_info, make_model()
+    install(adapter)
+    prose = [one for one in samples if one.task == "prose"]
+    found = ask(MasqLm(adapter, folder=tmp_path, batch_size=2), task("prose", prose, adapter))
+    assert "pretty_env_info" not in found
+    with pytest.raises(TypeError):
+        evaluate_language(no_such_argument=1)
+    assert evaluator.add_env_info is describe
 
 
 @pytest.mark.parametrize("blanks", [" ", "\n\n", "  \n "])
