@@ -224,7 +224,7 @@ def _export(options: argparse.Namespace) -> int:
         "commit": record.provenance.get("commit"),
     }
     save = {"masq": checkpoint.save, "compressed-tensors": compressed_tensors.save}[options.format]
-    save(load_finished(run), folder, made_by)
+    save(load_finished(run, pack=False), folder, made_by)
     print(f"Checkpoint: {folder}")
     return 0
 

@@ -169,6 +169,7 @@ def _quantize(
 ) -> None:
     """Quantize the model in place and note every block."""
     from masq.calibration.data import batches
+    from masq.calibration.replay import EncodedBatches
     from masq.pipeline.loop import quantize
     from masq.pipeline.store import BlockStore
 
@@ -177,10 +178,9 @@ def _quantize(
     factors = BlockStore(artifacts.factors())
     if stages.learns:
         artifacts.note("learned factors", factors.folder, factors.has_all(len(adapter.blocks())))
-    encoded = [adapter.encode(batch, with_answer=True) for batch in batches(samples, config.calibration.batch_size)]
     report = quantize(
         adapter,
-        encoded,
+        EncodedBatches(adapter, batches(samples, config.calibration.batch_size)),
         stages,
         context,
         blocks=BlockStore(folder / "blocks"),
@@ -212,12 +212,14 @@ def _stages(config: RunConfig) -> Stages:
     )
 
 
-def load_finished(folder: Path, device: str | None = None) -> ModelAdapter:
+def load_finished(folder: Path, device: str | None = None, *, pack: bool = True) -> ModelAdapter:
     """The model of a finished run, its modality hook installed, without calibrating again.
 
     Args:
         folder: of the run: ``config.yaml``, ``record.json`` and the stored blocks.
         device: where to put it, None for where it was made.
+        pack: hand the weights to kernels if the run did. What is only to be written needs none, and a model whose
+            weights are streamed stays on disk without.
 
     Raises:
         DataError: no finished run there, or a block is missing or damaged.
@@ -242,7 +244,7 @@ def load_finished(folder: Path, device: str | None = None) -> ModelAdapter:
     context, _ = install(adapter)
     if not config.method.is_float:
         restore(adapter, _stages(config), context, BlockStore(folder / "blocks"))
-        if config.execution == "packed":
+        if pack and config.execution == "packed":
             pack_blocks(adapter.visited_blocks("stay"), config.kernel)
     return adapter
 

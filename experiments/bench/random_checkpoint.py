@@ -67,11 +67,12 @@ SHAPES: dict[str, tuple[dict[str, int], bool, bool]] = {
 """Sizes of the language model, whether there is an audio tower, whether the head is the embeddings."""
 
 
-def model_of(name: str) -> Any:
+def model_of(name: str, blocks: int | None = None) -> Any:
     """The model, without weights.
 
     Args:
         name: one of ``SHAPES``, as its file in ``conf/model`` is called.
+        blocks: only so many decoder blocks; None for all of them.
     """
     from transformers import (
         Qwen2_5_VLConfig,
@@ -84,6 +85,7 @@ def model_of(name: str) -> Any:
     tokenizer = smol_omni.build_processor().tokenizer
     text = {
         **sizes,
+        "num_hidden_layers": blocks or sizes["num_hidden_layers"],
         **{f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")},
         "max_position_embeddings": 32768 if has_audio else 128000,
         "rms_norm_eps": 1e-6,
@@ -135,7 +137,7 @@ def tensors_of(model: Any, seed: int) -> Iterator[dict[str, torch.Tensor]]:
     pool = torch.randn(_POOL, generator=generator).bfloat16()
     for name, parameter in model.named_parameters():
         count, start = parameter.numel(), int(torch.randint(_POOL, (1,), generator=generator))
-        noise = pool.roll(-start).repeat(-(-count // _POOL))[:count].view(parameter.shape)
+        noise = _cut(pool, start, count).view(parameter.shape)
         if parameter.dim() > 1:
             noise *= 1.0 / math.sqrt(parameter[0].numel())
         else:
@@ -143,15 +145,26 @@ def tensors_of(model: Any, seed: int) -> Iterator[dict[str, torch.Tensor]]:
         yield {published.published_name(model, name): noise}
 
 
-def write(name: str, folder: Path, seed: int = 0) -> None:
+def _cut(pool: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """``count`` numbers of ``pool`` from ``start`` on, over its end and again, in memory of their own."""
+    cut, filled = torch.empty(count, dtype=pool.dtype), 0
+    while filled < count:
+        piece = pool[start : start + count - filled]
+        cut[filled : filled + len(piece)] = piece
+        filled, start = filled + len(piece), 0
+    return cut
+
+
+def write(name: str, folder: Path, seed: int = 0, blocks: int | None = None) -> None:
     """Write a checkpoint.
 
     Args:
         name: one of ``SHAPES``.
         folder: to be made; 8 GB for a model of 3B, 17 GB for one of 7B.
         seed: of the weights.
+        blocks: see ``model_of``.
     """
-    model = model_of(name)
+    model = model_of(name, blocks)
     published.write_description(model, processor_of(name), folder)
     names = [published.published_name(model, key) for key, _ in model.named_parameters()]
     write_portions(tensors_of(model, seed), folder, names, SHARD_BYTES, lambda _listing: {})
@@ -163,9 +176,10 @@ def main() -> None:
     parser.add_argument("name", choices=sorted(SHAPES))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--blocks", type=int, help="only so many decoder blocks")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    write(options.name, options.folder, options.seed)
+    write(options.name, options.folder, options.seed, options.blocks)
     log.info("%s: %s", options.name, options.folder)
 
 

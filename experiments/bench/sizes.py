@@ -1,8 +1,8 @@
 """Models of 3B and 7B quantized, exported and run with streamed weights: seconds and peak memory of every step.
 
 A random checkpoint of the exact configuration is written once; then each step runs in a process of its own, whose
-largest resident memory the system reports when it ends. A run that is killed twice and goes on must end with the same
-bits.
+largest resident memory and processor time the system reports when it ends. A run that is killed twice and goes on must
+end with the same bits. ``--blocks`` cuts the decoder short: memory hardly changes, for it is that of a block.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ TASKS = {
     "qwen2_5_omni_3b": ("same", "manual"),
 }
 """A sample of each is all the calibration there is: the sizes are at stake, not the scores."""
-KILLED_AFTER = (12, 24)
-"""Finished blocks after which a run is killed."""
-_POLL_SECONDS = 0.2
+KILLED_AFTER = (1 / 3, 2 / 3)
+"""Shares of finished blocks after which a run is killed."""
+_POLL_SECONDS = 0.02
+_ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 _ANSWER_TOKENS = 4
 _GENERATE = """
 import sys
@@ -71,24 +73,30 @@ def timed(command: list[str], kill_when: Path | None = None) -> dict[str, Any]:
     """Run a command to its end, or kill it as soon as a file is there.
 
     Returns:
-        ``seconds`` and ``peak_memory_bytes``, its largest resident memory.
+        ``seconds``, ``cpu_seconds`` of user and system (a busy machine does not lengthen them), and
+        ``peak_memory_bytes``, its largest resident memory.
 
     Raises:
         RuntimeError: it failed.
     """
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while kill_when is not None and process.poll() is None and not kill_when.exists():
-        time.sleep(_POLL_SECONDS)
-    if kill_when is not None:
-        process.kill()
-    assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code != (-signal.SIGKILL if kill_when is not None else 0):
-        raise RuntimeError(f"{' '.join(command[:4])} ended with {code}: {said[-2000:]}")
-    return {"seconds": time.perf_counter() - started, "peak_memory_bytes": usage.ru_maxrss * 1024}
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        if kill_when is not None:
+            while os.waitid(os.P_PID, process.pid, _ENDED) is None and not kill_when.exists():
+                time.sleep(_POLL_SECONDS)
+            process.kill()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        said = errors.read()
+    if process.returncode != (-signal.SIGKILL if kill_when is not None else 0):
+        raise RuntimeError(f"{' '.join(command[:4])} ended with {process.returncode}: {said[-2000:]}")
+    return {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_memory_bytes": usage.ru_maxrss * 1024,
+    }
 
 
 def planned_bytes(cell: list[str]) -> float:
@@ -129,17 +137,18 @@ def resumed(name: str, checkpoint: Path, root: Path, undisturbed: Path, threads:
     cell = overrides(name, "rtn", checkpoint, root, threads)
     command = [sys.executable, "-m", "masq", "run", *cell]
     blocks = root / undisturbed.name / "blocks"
-    killed = [timed(command, blocks / f"block-{number - 1:03d}.safetensors") for number in KILLED_AFTER]
-    last = timed(command)
     files = sorted(path.name for path in (undisturbed / "blocks").glob("*.safetensors"))
+    numbers = [max(1, int(len(files) * share)) for share in KILLED_AFTER]
+    runs = [timed(command, blocks / files[number - 1]) for number in numbers]
+    runs.append(timed(command))
     same = all(_same_block(blocks / file, undisturbed / "blocks" / file) for file in files)
     records = [comparable(read_record(folder / "record.json")) for folder in (undisturbed, blocks.parent)]
     for record in records:
         record["config"].pop("output")
     return {
-        "step": f"rtn, killed after {' and '.join(map(str, KILLED_AFTER))} blocks",
-        "seconds": sum(one["seconds"] for one in killed) + last["seconds"],
-        "peak_memory_bytes": max(one["peak_memory_bytes"] for one in (*killed, last)),
+        "step": f"rtn, killed after {' and '.join(map(str, numbers))} of {len(files)} blocks",
+        **{key: sum(one[key] for one in runs) for key in ("seconds", "cpu_seconds")},
+        "peak_memory_bytes": max(one["peak_memory_bytes"] for one in runs),
         "blocks": len(files),
         "same_blocks": same,
         "same_record": records[0] == records[1],
@@ -157,78 +166,95 @@ def _same_block(one: Path, other: Path) -> bool:
     return tensors and first[1] == second[1]
 
 
-def measure(
-    name: str, methods: list[str], folder: Path, threads: int, *, resume: bool, keep: Callable[[dict[str, Any]], None]
-) -> None:
-    """All steps of one model; what they wrote is deleted as soon as it has served.
+def measure(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> None:
+    """All steps of one model; what they wrote, but for the checkpoint, is deleted as soon as it has served.
 
     Args:
-        name: of the model.
-        methods: each quantizes once; the first and the last are exported.
-        folder: for everything that is written.
-        threads: of every process.
-        resume: whether a run of rtn is also killed twice.
+        options: of the command line.
         keep: is given every step that ended.
     """
-    checkpoint = folder / name
-    if not (checkpoint / "config.json").exists():
-        written = timed([sys.executable, "-m", "experiments.bench.random_checkpoint", name, str(checkpoint)])
+    name, folder, threads = options.name, options.folder, options.threads
+    checkpoint = folder / label(options)
+    if not any(checkpoint.glob("model*.safetensors")):
+        command = [sys.executable, "-m", "experiments.bench.random_checkpoint", name, str(checkpoint)]
+        written = timed(command + ([f"--blocks={options.blocks}"] if options.blocks else []))
         keep({**written, "step": "write the checkpoint"})
-    for method in methods:
-        root = folder / "runs" / name / method
+    for method in options.methods:
+        root = folder / "runs" / checkpoint.name / method
         step, run = quantized(name, method, checkpoint, root, threads)
         keep(step)
-        if method in (methods[0], methods[-1]):
-            for one in exported(run, folder / f"exported-{name}", threads):
+        if method in options.export:
+            out = folder / f"exported-{checkpoint.name}"
+            for one in exported(run, out, threads):
                 keep({**one, "step": f"{one['step']}, {method}"})
-            shutil.rmtree(folder / f"exported-{name}")
-        if resume and method == "rtn":
+            shutil.rmtree(out)
+        if options.resume and method == "rtn":
             keep(resumed(name, checkpoint, folder / "killed", run, threads))
             shutil.rmtree(folder / "killed")
         shutil.rmtree(root)
 
 
+def label(options: argparse.Namespace) -> str:
+    """What the model is called in records: by its name, and its blocks where they are not all."""
+    return f"{options.name}_{options.blocks}_blocks" if options.blocks else options.name
+
+
 def render(found: dict[str, Any]) -> str:
     """A Markdown table."""
     rows = []
-    for name, cell in found["models"].items():
-        for step in cell["steps"]:
-            planned = f"{step['planned_bytes'] / 2**30:.1f}" if "planned_bytes" in step else ""
+    for name, steps in found["models"].items():
+        for step in steps:
+            planned = f"{step['planned_bytes'] / 1e9:.2f}" if "planned_bytes" in step else ""
             verdict = {True: "same bits", False: "other bits", None: ""}[
                 step["same_blocks"] and step["same_record"] if "same_blocks" in step else None
             ]
-            memory = f"{step['peak_memory_bytes'] / 2**30:.1f}"
-            rows.append([name, step["step"], f"{step['seconds']:.0f}", memory, planned, verdict])
-    headers = ["model", "step", "seconds", "peak GiB", "planned GiB", ""]
-    about = "Random weights, streamed, w4a8, two calibration samples; `python -m experiments.bench.sizes`."
+            memory = f"{step['peak_memory_bytes'] / 1e9:.2f}"
+            seconds = (f"{step[key]:.0f}" for key in ("cpu_seconds", "seconds"))
+            rows.append([name, step["step"], *seconds, memory, planned, verdict])
+    headers = ["model", "step", "processor s", "clock s", "peak GB", "planned GB", ""]
+    made_by = [step["provenance"] for steps in found["models"].values() for step in steps]
+    about = (
+        "Random weights, streamed, w4a8, two calibration samples, one epoch of learning; "
+        f"{', '.join(sorted({str(one['threads']) for one in made_by}))} thread(s) on "
+        f"{', '.join(sorted({one['device_name'] for one in made_by}))}. GB are 10^9 bytes, the largest resident memory "
+        "as the system accounts it. Other work ran on the same processor, which lengthens the seconds of the clock. "
+        "`python -m experiments.bench.sizes`."
+    )
     return f"{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}\n\n{about}\n"
 
 
-def main() -> None:
+def add(found: dict[str, Any], name: str, step: dict[str, Any]) -> None:
+    """Put a step into a record, in the place of an earlier one of its name."""
+    steps = found["models"].setdefault(name, [])
+    place = next((index for index, one in enumerate(steps) if one["step"] == step["step"]), len(steps))
+    steps[place : place + 1] = [step]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=sorted(TASKS))
+    parser.add_argument("name", help=f"of a model: {', '.join(TASKS)}")
     parser.add_argument("folder", type=Path, help="for the checkpoint and the runs; 20 GB for 3B, 30 GB for 7B")
     parser.add_argument("--methods", nargs="+", default=["rtn", "smoothquant", "masquant"])
+    parser.add_argument("--export", nargs="*", default=["rtn", "masquant"], help="methods whose runs are exported")
+    parser.add_argument("--blocks", type=int, help="only so many decoder blocks")
     parser.add_argument("--resume", action="store_true", help="also kill a run of rtn twice")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("results/bench/sizes.json"))
     parser.add_argument("--table", type=Path, default=Path("results/tables/sizes.md"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     made_by = provenance(0, {}, threads=options.threads)
-    steps: list[dict[str, Any]] = []
 
     def keep(step: dict[str, Any]) -> None:
-        steps.append(step)
         log.info("%s %s", options.name, json.dumps(step))
         found = read_json(options.output) if options.output.exists() else {"models": {}}
-        found["models"][options.name] = {"provenance": made_by, "steps": steps}
+        add(found, label(options), {**step, "provenance": made_by})
         atomic_write_json(options.output, found)
         options.table.parent.mkdir(parents=True, exist_ok=True)
         options.table.write_text(render(found))
 
-    measure(options.name, options.methods, options.folder, options.threads, resume=options.resume, keep=keep)
+    measure(options, keep)
 
 
 if __name__ == "__main__":

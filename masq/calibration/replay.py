@@ -6,9 +6,10 @@ states, so memory holds one block's temporaries plus the cached activations.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -18,11 +19,11 @@ from masq.models.base import GROUPS, Modality, Role
 from masq.numerics.finite import is_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator
 
     from torch import nn
 
-    from masq.models.base import BlockAdapter, EncodedBatch, ModelAdapter
+    from masq.models.base import BlockAdapter, EncodedBatch, ModelAdapter, Sample
     from masq.models.tensor_files import Collected
 
 
@@ -56,6 +57,31 @@ class BlockData:
     collect: Callable[[], Collected] = list
 
 
+class EncodedBatches(Sequence["EncodedBatch"]):
+    """Batches of samples that are encoded each time they are asked for: one lies in memory, with its pixels, not all.
+
+    Args:
+        adapter: encodes them, with answers.
+        groups: the samples of each batch.
+    """
+
+    def __init__(self, adapter: ModelAdapter, groups: Sequence[Sequence[Sample]]) -> None:
+        self._adapter, self._groups = adapter, groups
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedBatch: ...
+    @overload
+    def __getitem__(self, index: slice) -> EncodedBatches: ...
+    def __getitem__(self, index: int | slice) -> EncodedBatch | EncodedBatches:
+        """Encode one batch, or choose some."""
+        if isinstance(index, slice):
+            return EncodedBatches(self._adapter, self._groups[index])
+        return self._adapter.encode(self._groups[index], with_answer=True)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+
 class _FirstBlockReachedError(Exception):
     """Ends a forward pass once the inputs of the first block are known."""
 
@@ -69,29 +95,31 @@ def capture(adapter: ModelAdapter, batches: Sequence[EncodedBatch]) -> tuple[Col
 
     Args:
         adapter: the float model.
-        batches: encoded samples.
+        batches: encoded samples, asked for once each.
 
     Returns:
         The input [B, T, d] of the first decoder block by batch, and what else the blocks need.
     """
     hidden = adapter.residence.collected()
     replay: list[ReplayBatch] = []
+    modality = torch.empty(0)
 
     def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rest = dict(kwargs)
         hidden.append((args[0] if args else rest.pop("hidden_states")).detach())
         rest.pop("past_key_values", None)
-        replay.append(ReplayBatch({**rest, "use_cache": False}, batch.modality))
+        replay.append(ReplayBatch({**rest, "use_cache": False}, modality))
         raise _FirstBlockReachedError
 
     handle = adapter.blocks()[0].module.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
     try:
-        for batch in batches:
-            with torch.no_grad():
-                try:
-                    adapter.model(**batch.inputs, use_cache=False)
-                except _FirstBlockReachedError:
-                    continue
+        # By number: an iterator would hold a batch while the next one is encoded, and so would its name.
+        for index in range(len(batches)):
+            batch = batches[index]
+            modality = batch.modality
+            with torch.no_grad(), suppress(_FirstBlockReachedError):
+                adapter.model(**batch.inputs, use_cache=False)
+            del batch
     finally:
         handle.remove()
     return hidden, replay

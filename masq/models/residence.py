@@ -19,6 +19,7 @@ from torch import nn
 
 from masq.errors import ModelError
 from masq.files import SCRATCH
+from masq.models.heap import give_back
 from masq.models.tensor_files import Overflow, TensorFile, write_tensors
 
 if TYPE_CHECKING:
@@ -253,6 +254,9 @@ class StreamedResidence(Residence):
                 if not hasattr(tensor, "masq_away"):
                     tensor.masq_away = _like(tensor, torch.empty_like(tensor, device="meta"))
                 place[leaf] = tensor.masq_away
+            # Else the part that was just let go of is still held, by this name.
+            del tensor
+        give_back()
 
     def _spill(self, part: _Part) -> None:
         tensors = {name: place[leaf] for name, place, leaf in part.slots()}

@@ -50,7 +50,7 @@ def quantize(
 
     Args:
         adapter: the float model.
-        batches: encoded calibration samples.
+        batches: encoded calibration samples, each asked for when it is needed (``EncodedBatches``).
         stages: the method.
         context: token modalities, installed on the model.
         blocks: where finished blocks are kept; present ones are restored instead of computed.
@@ -66,8 +66,6 @@ def quantize(
         DataError: a stored block is damaged.
     """
     report = QuantizationReport()
-    if stages.smoothing.kind != "none" or stages.compensation.kind != "none":
-        _warn_about_missing(adapter, batches, report)
     sensitivity = _sensitivity(adapter, batches, stages, gradients, report)
     if stages.rotation.kind == "hadamard":
         started = time.perf_counter()
@@ -75,6 +73,8 @@ def quantize(
         report.seconds["rotate"] = time.perf_counter() - started
     with memory_errors_of("the largest tower"):
         hidden, replay = capture(adapter, batches)
+    if stages.smoothing.kind != "none" or stages.compensation.kind != "none":
+        _warn_about_missing(adapter, replay, report)
     learned: list[SmoothingPlan] | None = None
     if stages.learns:
         started = time.perf_counter()
@@ -132,8 +132,8 @@ def _finished(store: BlockStore, index: int) -> tuple[dict[str, torch.Tensor], d
     return stored
 
 
-def _warn_about_missing(adapter: ModelAdapter, batches: Sequence[EncodedBatch], report: QuantizationReport) -> None:
-    seen = {int(m) for batch in batches for m in batch.modality.unique()}
+def _warn_about_missing(adapter: ModelAdapter, replay: Sequence[ReplayBatch], report: QuantizationReport) -> None:
+    seen = {int(m) for batch in replay for m in batch.modality.unique()}
     for modality in adapter.modalities:
         if int(modality) not in seen:
             report.warnings.append(
@@ -155,10 +155,10 @@ def _sensitivity(
     started = time.perf_counter()
     clock = BlockClock("gradients of batch", len(batches))
     sums = []
-    for index, batch in enumerate(batches):
+    for index in range(len(batches)):
         stored = store.load(index) if store else None
         if stored is None:
-            magnitudes, counts = gradient_sums(adapter, batch)
+            magnitudes, counts = gradient_sums(adapter, batches[index])
             if store:
                 store.save(index, {"sums": magnitudes, "counts": counts}, {})
         else:

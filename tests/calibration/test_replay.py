@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 
-from masq.calibration.replay import advance, capture, collect
+from masq.calibration.replay import EncodedBatches, advance, capture, collect
 from masq.errors import NumericalError
 from masq.models.base import GROUPS, Modality, Role
 from masq.models.zoo import nano
@@ -86,3 +89,27 @@ def test_nan_names_the_block_but_padding_is_free(nano_model: Nano) -> None:  # n
     hidden[0, -1, 0] = float("nan")
     with pytest.raises(NumericalError, match="block 7"):
         advance(block, hidden, batch, "block 7")
+
+
+def test_one_batch_is_encoded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the next one is encoded nothing holds the one before; and what is captured is the same."""
+    adapter = nano_adapter("nano_vl")
+    groups = [nano.random_samples(("vision",), 2, seed=seed) for seed in range(3)]
+    encode, seen = adapter.encode, []
+    wanted, replay = capture(adapter, [encode(group, with_answer=True) for group in groups])
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        assert [one() for one in seen] == [None] * len(seen)
+        batch = encode(*args, **kwargs)
+        seen.append(weakref.ref(batch.inputs["pixel_values"]))
+        return batch
+
+    monkeypatch.setattr(adapter, "encode", watched)
+    batches = EncodedBatches(adapter, groups)
+    hidden, again = capture(adapter, batches)
+    assert len(batches) == len(seen) == 3
+    assert all(torch.equal(a, b) for a, b in zip(hidden, wanted, strict=True))
+    assert all(torch.equal(a.modality, b.modality) for a, b in zip(again, replay, strict=True))
+    last = batches[2:]
+    assert len(last) == 1
+    assert torch.equal(last[0].modality, replay[2].modality)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from masq.cli import main
@@ -51,3 +53,13 @@ def test_w8a8_for_other_engines(splits, tmp_path):  # noqa: F811
     folder, _ = finished(splits, tmp_path, "smoothquant", scheme="w8a8")
     assert main(["export", str(folder), str(tmp_path / "out"), "--format", "compressed-tensors"]) == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_run_on_a_kernel_is_exported_without_one(splits, tmp_path, monkeypatch):  # noqa: F811
+    folder, _ = finished(splits, tmp_path, "masquant", execution="packed")
+    checkpoint.save(load_finished(folder), tmp_path / "from-kernels", {})
+    monkeypatch.setattr("masq.modules.stack.select", lambda *_: pytest.fail("asked for a kernel"))
+    assert main(["export", str(folder), str(tmp_path / "out")]) == 0
+    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "from-kernels"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
