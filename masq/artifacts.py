@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from masq import parallel
 from masq.config import RunConfig, active_modalities
 from masq.files import canonical_hash
 from masq.identity import to_hashed_dict
@@ -41,7 +42,9 @@ class Artifacts:
         self.evaluation = hashes["evaluation"]
 
     def note(self, what: str, folder: Path, is_complete: bool) -> None:
-        """Warn if another program worked on ``folder``; note this one if it goes on."""
+        """Warn if another program worked on ``folder``; note this one if it goes on. The first process does that."""
+        if parallel.rank():
+            return
         self.record.warnings.extend(differences(sessions(folder), self.record.provenance, what))
         if not is_complete:
             add_session(folder, self.record.provenance)

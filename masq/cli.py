@@ -152,7 +152,15 @@ def _doctor_parser(_parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from masq import parallel
+
     found = commands.named(options)
+    if parallel.expected() > 1 and (found is not None or options.multirun):
+        raise ConfigError(
+            "several processes calibrate one cell together",
+            value=f"{parallel.expected()} processes and a sweep",
+            remedy="give torchrun one cell at a time, or start the sweep without it",
+        )
     if found is not None:
         return commands.run(found)
     configs = _configs(options)
@@ -163,11 +171,17 @@ def _run(options: argparse.Namespace) -> int:
 
         folder = launch(options.overrides, configs[0].output.root)
         return _show_outcomes([read_outcome(folder, index, config) for index, config in enumerate(configs)])
-    show_progress()
     from masq.report.table import table
     from masq.run import run
 
-    record = run(configs[0])
+    with parallel.joined():
+        if parallel.rank():
+            from masq.run import assist
+
+            assist(configs[0])
+            return 0
+        show_progress()
+        record = run(configs[0])
     print(table([record]))
     print(f"\nRecord: {run_folder(configs[0], record.identity) / 'record.json'}")
     return 0 if record.status == "finished" else 1

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from masq import parallel
 from masq.artifacts import Artifacts
 from masq.config import RunConfig, active_modalities, check_sizes, decode, notes, to_dict
 from masq.errors import DataError
@@ -69,6 +70,37 @@ def run(config: RunConfig) -> RunRecord:
     return finished
 
 
+def assist(config: RunConfig) -> None:
+    """Help another process to calibrate one cell: what every process but the first does under ``torchrun``.
+
+    It takes its share of the calibration samples, and is done when the model is quantized; the process of rank 0 runs
+    ``run`` on the same configuration, and is the only one that scores and writes.
+
+    Args:
+        config: decoded configuration, the same in all processes.
+
+    Raises:
+        MasqError: as ``run``.
+    """
+    import tempfile
+
+    from masq.models.loading import load
+    from masq.modules.modality import install
+
+    data, hashes, _ = load_data(config)
+    hashes["model"] = _checked_model(config)
+    key = identity(config, hashes)
+    folder = run_folder(config, key)
+    if config.method.is_float or _finished(folder) is not None:
+        return
+    _set_threads(config.threads)
+    record = RunRecord.start(key, _public_config(config), {})
+    with tempfile.TemporaryDirectory(prefix="masq-") as scratch:
+        adapter = load(replace(config.model, modalities=active_modalities(config)), Path(scratch))
+        context, _ = install(adapter)
+        _quantize(record, config, adapter, context, data["calibration"], hashes, folder)
+
+
 def _run(
     config: RunConfig, data: dict[str, list[Sample]], hashes: dict[str, str], warnings: list[str], key: str
 ) -> RunRecord:
@@ -78,6 +110,8 @@ def _run(
     _set_threads(config.threads)
     made_by = provenance(config.seed, hashes, device=config.model.device)
     made_by["earlier_sessions"] = sessions(folder)
+    if parallel.size() > 1:
+        made_by["processes"] = parallel.size()
     add_session(folder, made_by)
     record = RunRecord.start(key, _public_config(config), made_by)
     record.warnings.extend([*notes(config), *warnings])
@@ -178,6 +212,8 @@ def _quantize(
     factors = BlockStore(artifacts.factors())
     if stages.learns:
         artifacts.note("learned factors", factors.folder, factors.has_all(len(adapter.blocks())))
+    # A cache is read where one process knows the answer and another does not: they would wait for each other.
+    cached = stages.moments_on_float and parallel.size() == 1
     report = quantize(
         adapter,
         EncodedBatches(adapter, batches(samples, config.calibration.batch_size)),
@@ -186,7 +222,7 @@ def _quantize(
         blocks=BlockStore(folder / "blocks"),
         factors=factors,
         gradients=BlockStore(artifacts.gradients(folder)) if stages.sensitivity_floor else None,
-        cache=artifacts.statistics() if stages.moments_on_float else None,
+        cache=artifacts.statistics() if cached else None,
     )
     record.blocks = report.blocks
     record.warnings.extend(report.warnings)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
+from masq.calibration.shares import encode_share
 from masq.calibration.statistics import GroupAccumulator, GroupStatistics, TokenSample
 from masq.errors import NumericalError
 from masq.models.base import GROUPS, Modality, Role
@@ -73,10 +74,10 @@ class EncodedBatches(Sequence["EncodedBatch"]):
     @overload
     def __getitem__(self, index: slice) -> EncodedBatches: ...
     def __getitem__(self, index: int | slice) -> EncodedBatch | EncodedBatches:
-        """Encode one batch, or choose some."""
+        """Encode one batch, of several processes each its share, or choose some."""
         if isinstance(index, slice):
             return EncodedBatches(self._adapter, self._groups[index])
-        return self._adapter.encode(self._groups[index], with_answer=True)
+        return encode_share(self._adapter, self._groups[index])
 
     def __len__(self) -> int:
         return len(self._groups)

@@ -7,14 +7,16 @@ the same order give the same bits; another order changes only the last bits of t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from masq import parallel
 from masq.errors import ModelError, NumericalError
 from masq.models.base import Modality
 
+_TOKENS = tuple(which for which in Modality if which is not Modality.PADDING)
 # Rows converted to float64 at a time: bounds the temporary without slowing the product.
 _ROWS_PER_CHUNK = 4096
 # The moment is symmetric: of 4 x 4 blocks of it, 10 are computed.
@@ -73,38 +75,66 @@ class TokenSample:
     def draw(cls, modalities: Iterable[torch.Tensor], limit: int, seed: int) -> TokenSample:
         """Draw at most ``limit`` tokens of each modality; the choice depends on (seed, modality) and the counts alone.
 
+        Several processes draw what one would: tokens are numbered in the order of whole batches.
+
         Args:
             modalities: int8 [B, T] by batch, -1 where padded.
             limit: tokens to keep, all if there are no more.
             seed: of the run.
         """
-        numbers = torch.cat([modality.reshape(-1).cpu() for modality in modalities]).long() + 1
-        counts = torch.bincount(numbers, minlength=len(Modality)).tolist()
+        batches = [modality.cpu() for modality in modalities]
         kept = {}
         for which in Modality:
-            count = counts[int(which) + 1]
-            if which is not Modality.PADDING and count:
+            if which is Modality.PADDING:
+                continue
+            own = [(batch == which).sum(1) for batch in batches]
+            starts, total = _first_numbers(own)
+            if total:
                 digest = hashlib.sha256(f"tokens|{seed}|{which.name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-                kept[which] = torch.zeros(count, dtype=torch.bool)
-                kept[which][torch.randperm(count, generator=generator)[:limit]] = True
+                drawn = torch.zeros(total, dtype=torch.bool)
+                drawn[torch.randperm(total, generator=generator)[:limit]] = True
+                parts = zip(starts.tolist(), torch.cat(own).tolist(), strict=True)
+                kept[which] = torch.cat([drawn[start : start + count] for start, count in parts])
         return cls(kept)
+
+
+def _first_numbers(counts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """Number of the first token of each sample among those of all processes, and how many there are.
+
+    Args:
+        counts: tokens of each sample [B] by batch; sample b of process r is number ``b * size + r`` of its batch.
+
+    Returns:
+        int64, one for every sample of this process; the total.
+    """
+    longest = int(parallel.greatest(torch.tensor(max((len(one) for one in counts), default=0))))
+    own = torch.zeros(len(counts), longest, dtype=torch.long)
+    for row, one in zip(own, counts, strict=True):
+        row[: len(one)] = one
+    every = parallel.stacked(own).permute(1, 2, 0)
+    ends = every.flatten().cumsum(0)
+    starts = (ends - every.flatten()).view(every.shape)[..., parallel.rank()]
+    own_starts = [row[: len(one)] for row, one in zip(starts, counts, strict=True)]
+    return torch.cat([*own_starts, own.new_zeros(0)]), int(every.sum())
 
 
 class AbsMax:
     """Running max |x_i| of each channel."""
 
-    def __init__(self) -> None:
-        self._value: torch.Tensor | None = None
+    def __init__(self, num_channels: int, device: torch.device) -> None:
+        self._value = torch.zeros(num_channels, device=device)
 
     def update(self, rows: torch.Tensor) -> None:
         """Take in rows [N, D] of one modality, N >= 1."""
-        highest = torch.maximum(rows.amax(0), -rows.amin(0)).float()
-        self._value = highest if self._value is None else torch.maximum(self._value, highest)
+        self._value = torch.maximum(self._value, torch.maximum(rows.amax(0), -rows.amin(0)).float())
+
+    def join(self) -> None:
+        """Take in what other processes have seen."""
+        self._value = parallel.greatest(self._value)
 
     def result(self) -> torch.Tensor:
         """Float32 [D]."""
-        assert self._value is not None
         return self._value
 
 
@@ -115,7 +145,7 @@ class Centre:
         zeros = torch.zeros(num_channels, dtype=torch.float64, device=device)
         self.low, self.high = torch.full_like(zeros, torch.inf).float(), torch.full_like(zeros, -torch.inf).float()
         self._sum, self._weighted_sum = zeros, zeros.clone()
-        self._weights, self._num_tokens = 0.0, 0
+        self._weights, self._num_tokens = 0.0, 0.0
 
     def update(self, rows: torch.Tensor) -> None:
         """Take in rows [N, D] of one modality, N >= 1; rows of zeros have no say."""
@@ -128,6 +158,13 @@ class Centre:
         self._weighted_sum = self._weighted_sum + weights @ exact
         self._weights += float(weights.sum())
         self._num_tokens += len(rows)
+
+    def join(self) -> None:
+        """Take in what other processes have seen."""
+        self.low, self.high = parallel.least(self.low), parallel.greatest(self.high)
+        self._sum, self._weighted_sum = parallel.summed(self._sum), parallel.summed(self._weighted_sum)
+        counts = torch.tensor([self._weights, self._num_tokens], dtype=torch.float64, device=self._sum.device)
+        self._weights, self._num_tokens = parallel.summed(counts).tolist()
 
     @property
     def mean(self) -> torch.Tensor:
@@ -143,14 +180,12 @@ class Centre:
 class SecondMoment:
     """Running sum of x x^T."""
 
-    def __init__(self) -> None:
-        self._sum: torch.Tensor | None = None
+    def __init__(self, num_channels: int, device: torch.device) -> None:
+        self._sum = torch.zeros(num_channels, num_channels, dtype=torch.float64, device=device)
         self._num_tokens = 0
 
     def update(self, rows: torch.Tensor) -> None:
         """Take in rows [N, D] of one modality, N >= 1."""
-        if self._sum is None:
-            self._sum = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
         size = -(-rows.shape[1] // _COLUMN_BLOCKS)
         for chunk in rows.split(_ROWS_PER_CHUNK):
             exact = chunk.double()
@@ -159,9 +194,13 @@ class SecondMoment:
                 self._sum[start : start + size, start:].addmm_(exact[:, start : start + size].t(), exact[:, start:])
         self._num_tokens += rows.shape[0]
 
+    def join(self) -> None:
+        """Take in what other processes have seen."""
+        self._sum = parallel.summed(self._sum)
+        self._num_tokens = int(parallel.summed(torch.tensor(self._num_tokens, device=self._sum.device)))
+
     def result(self) -> torch.Tensor:
         """Float64 [D, D], the mean over tokens, made exactly symmetric."""
-        assert self._sum is not None
         upper = self._sum.triu()
         return (upper + upper.triu(1).t()) / self._num_tokens
 
@@ -188,6 +227,8 @@ class GroupAccumulator:
         self._rows: dict[Modality, list[torch.Tensor]] = {}
         self._second_moment: dict[Modality, SecondMoment] = {}
         self._num_tokens: dict[Modality, int] = {}
+        self._like = torch.empty(0)
+        """Of no rows: the number of channels and where they are."""
 
     @torch.no_grad()
     def update(self, x: torch.Tensor, modality: torch.Tensor) -> None:
@@ -207,6 +248,7 @@ class GroupAccumulator:
                 remedy="pass the modality of the batch that produced the activations",
             )
         rows = x.reshape(-1, x.shape[-1])
+        self._like = rows[:0]
         flat = modality.reshape(-1).to(rows.device)
         for number, count in zip(*(t.tolist() for t in flat.unique(return_counts=True)), strict=True):
             which = _known(number)
@@ -216,7 +258,7 @@ class GroupAccumulator:
     def _update_one(self, which: Modality, rows: torch.Tensor) -> None:
         start = self._num_tokens.get(which, 0)
         self._num_tokens[which] = start + rows.shape[0]
-        self._abs_max.setdefault(which, AbsMax()).update(rows)
+        self._abs_max.setdefault(which, AbsMax(rows.shape[1], rows.device)).update(rows)
         if self._sample is not None:
             total = rows.abs().sum(0, dtype=torch.float64)
             self._abs_sum[which] = total + self._abs_sum[which] if which in self._abs_sum else total
@@ -225,14 +267,34 @@ class GroupAccumulator:
         if self._wants_centre:
             self._centre.setdefault(which, Centre(rows.shape[1], rows.device)).update(rows)
         if which in self._second_moment_of:
-            self._second_moment.setdefault(which, SecondMoment()).update(rows)
+            self._second_moment.setdefault(which, SecondMoment(rows.shape[1], rows.device)).update(rows)
+
+    def _join(self) -> None:
+        """Take in what other processes have seen, of modalities that this one may have no token of."""
+        own = torch.tensor([self._num_tokens.get(which, 0) for which in _TOKENS])
+        sizes = self._like.shape[-1], self._like.device
+        for which, count in zip(_TOKENS, parallel.summed(own).tolist(), strict=True):
+            if not count:
+                continue
+            self._num_tokens[which] = count
+            self._abs_max.setdefault(which, AbsMax(*sizes)).join()
+            if self._wants_centre:
+                self._centre.setdefault(which, Centre(*sizes)).join()
+            if which in self._second_moment_of:
+                self._second_moment.setdefault(which, SecondMoment(*sizes)).join()
+            if self._sample is not None:
+                nothing = torch.zeros(sizes[0], dtype=torch.float64, device=sizes[1])
+                self._abs_sum[which] = parallel.summed(self._abs_sum.get(which, nothing))
+                self._rows[which] = [parallel.concatenated(torch.cat(self._rows.get(which, [self._like.float()])))]
 
     def result(self) -> GroupStatistics:
-        """The statistics so far, modalities in ascending order.
+        """The statistics so far, of all processes, modalities in ascending order; nothing can be taken in afterwards.
 
         Raises:
             NumericalError: a token that counts held NaN or infinity.
         """
+        if parallel.size() > 1:
+            self._join()
         statistics = GroupStatistics(
             abs_max={which: self._abs_max[which].result() for which in sorted(self._abs_max)},
             second_moment={which: self._second_moment[which].result() for which in sorted(self._second_moment)},

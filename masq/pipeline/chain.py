@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from masq import parallel
 from masq.calibration.replay import advance
 from masq.errors import memory_errors_of
 from masq.models.base import Modality
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from masq.calibration.replay import ReplayBatch
-    from masq.models.base import BlockAdapter
+    from masq.models.base import BlockAdapter, EncodedBatch
     from masq.models.tensor_files import Collected
     from masq.modules.modality import ModalityContext
 
@@ -60,10 +63,17 @@ def block_outputs(block: BlockAdapter, name: str, inputs: Chain, context: Modali
 
 def one_of_each_mix(replay: Sequence[ReplayBatch]) -> list[int]:
     """Index of the first batch of every set of modalities."""
-    first: dict[frozenset[int], int] = {}
-    for index, batch in enumerate(replay):
-        first.setdefault(frozenset(batch.modality.unique().tolist()) - {int(Modality.PADDING)}, index)
+    first: dict[tuple[bool, ...], int] = {}
+    for index, present in enumerate(modalities_present(replay).tolist()):
+        first.setdefault(tuple(present), index)
     return sorted(first.values())
+
+
+def modalities_present(replay: Sequence[ReplayBatch | EncodedBatch]) -> torch.Tensor:
+    """Which modalities of tokens are in each batch, in any process: bool [number of batches, M]."""
+    tokens = [modality for modality in Modality if modality is not Modality.PADDING]
+    own = [[int((batch.modality == modality).any()) for modality in tokens] for batch in replay]
+    return parallel.summed(torch.tensor(own, dtype=torch.long).view(len(own), len(tokens))) > 0
 
 
 def sqnr_text(sqnr: dict[str, float]) -> str:
@@ -78,12 +88,12 @@ def named(sqnr: dict[str, float]) -> dict[str, float]:
 
 def mean_sqnr(targets: Chain, outputs: Chain) -> dict[str, float]:
     """Mean SQNR of calibration tokens by modality."""
-    sums: dict[str, tuple[float, int]] = {}
+    tokens_of = [modality for modality in Modality if modality is not Modality.PADDING]
+    sums = torch.zeros(len(tokens_of), 2, dtype=torch.float64)
     for target, output, batch in zip(targets.hidden, outputs.hidden, outputs.replay, strict=True):
         tokens = token_sqnr(target, output)
-        for modality in Modality:
+        for row, modality in zip(sums, tokens_of, strict=True):
             rows = tokens[batch.modality == modality]
-            if modality is not Modality.PADDING and rows.numel():
-                total, count = sums.get(modality.name.lower(), (0.0, 0))
-                sums[modality.name.lower()] = (total + float(rows.sum()), count + rows.numel())
-    return {key: total / count for key, (total, count) in sums.items()}
+            row += torch.tensor([float(rows.sum()), rows.numel()], dtype=torch.float64)
+    pairs = zip(tokens_of, parallel.summed(sums).tolist(), strict=True)
+    return {modality.name.lower(): total / count for modality, (total, count) in pairs if count}

@@ -138,8 +138,10 @@ def quantize_one(
         The note of ``quantize_block``, and what a search found.
     """
     of_float, of_quantized = requests(stages, prepared)
-    in_float = centred(collect_on_float(prepared.cache, index, of_float, block, floats), of_float.centres)
-    in_quantized = centred(of_quantized.collect(block, quantized.hidden, quantized.replay), of_quantized.centres)
+    whose = stages.centring.modalities if stages.centring.kind != "none" else ()
+    in_float = centred(collect_on_float(prepared.cache, index, of_float, block, floats), of_float.centres, whose)
+    found = of_quantized.collect(block, quantized.hidden, quantized.replay)
+    in_quantized = centred(found, of_quantized.centres, whose)
     smoothing = in_float if stages.smoothing_on_float else in_quantized
     rest = in_float if stages.moments_on_float else in_quantized
     plan = (

@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from masq import parallel
 from masq.calibration.replay import capture
 from masq.calibration.sensitivity import gradient_sums, mean_gradients, relative_sensitivity
 from masq.errors import DataError, errors_of, memory_errors_of
-from masq.pipeline.chain import QuantizationReport, block_outputs, mean_sqnr, named, one_of_each_mix, sqnr_text
+from masq.pipeline.chain import (
+    QuantizationReport,
+    block_outputs,
+    mean_sqnr,
+    modalities_present,
+    named,
+    one_of_each_mix,
+    sqnr_text,
+)
 from masq.pipeline.fitting import Chain, Prepared, looked_at, quantize_one, token_sample
 from masq.pipeline.learning import learn
 from masq.pipeline.progress import BlockClock
@@ -133,9 +142,9 @@ def _finished(store: BlockStore, index: int) -> tuple[dict[str, torch.Tensor], d
 
 
 def _warn_about_missing(adapter: ModelAdapter, replay: Sequence[ReplayBatch], report: QuantizationReport) -> None:
-    seen = {int(m) for batch in replay for m in batch.modality.unique()}
+    seen = modalities_present(replay).any(0)
     for modality in adapter.modalities:
-        if int(modality) not in seen:
+        if not seen[int(modality)]:
             report.warnings.append(
                 f"no calibration token of modality {modality.name.lower()}: it uses the factors of text, uncorrected"
             )
@@ -158,7 +167,7 @@ def _sensitivity(
     for index in range(len(batches)):
         stored = store.load(index) if store else None
         if stored is None:
-            magnitudes, counts = gradient_sums(adapter, batches[index])
+            magnitudes, counts = (parallel.summed(one) for one in gradient_sums(adapter, batches[index]))
             if store:
                 store.save(index, {"sums": magnitudes, "counts": counts}, {})
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from masq import parallel
 from masq.models.base import GROUPS, Role
 from masq.modules.quant_linear import QuantLinear
 from masq.tensors import load_tensors, save_tensors
@@ -35,8 +36,9 @@ class BlockStore:
         return all(self.path(index).exists() for index in range(num_blocks))
 
     def save(self, index: int, tensors: dict[str, torch.Tensor], note: dict[str, Any]) -> None:
-        """Write one block; a reader sees the whole file or none."""
-        save_tensors(self.path(index), tensors, note)
+        """Write one block; a reader sees the whole file or none. Of several processes the first writes."""
+        if parallel.rank() == 0:
+            save_tensors(self.path(index), tensors, note)
 
     def load(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Read one block, None when it is not finished.

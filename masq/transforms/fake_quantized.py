@@ -63,7 +63,8 @@ class Rows:
         self.num_calls += 1
         self.errors = []
         flat = modality.reshape(-1)
-        flat = torch.where(flat < 0, flat[flat >= 0].min(), flat)
+        counted = flat[flat >= 0]
+        flat = torch.where(flat < 0, counted.min() if len(counted) else int(Modality.TEXT), flat)
         flat = torch.where(torch.isin(flat, self.known.to(flat.device)), flat, int(Modality.TEXT))
         numbers, counts = flat.unique(return_counts=True)
         self.sizes = {Modality(m): n for m, n in zip(numbers.tolist(), counts.tolist(), strict=True)}

@@ -95,10 +95,14 @@ class ModalityCentring:
 
     Attributes:
         groups: the groups of linears whose inputs are centred.
+        modalities: whose inputs. Text is left out by default: its first token, which all others attend to, is far from
+            the rest and has values near zero, which ``(x - c) W^T + c W^T`` would have to give by cancellation; and
+            decoding has nothing to subtract.
     """
 
     kind: Literal["modality"] = "modality"
     groups: tuple[GroupName, ...] = ALL_GROUPS
+    modalities: tuple[Literal["text", "vision", "audio"], ...] = ("vision", "audio")
 
     def __post_init__(self) -> None:
         """Reject a centring of nothing.
@@ -107,6 +111,12 @@ class ModalityCentring:
             ConfigError: groups empty or repeated.
         """
         check_groups(self.groups)
+        if not self.modalities or len(set(self.modalities)) != len(self.modalities):
+            raise ConfigError(
+                "centring needs at least one modality, each once",
+                value=list(self.modalities),
+                remedy="use method.centring=none",
+            )
 
 
 Rotation = NoRotation | HadamardRotation | SmoothedHadamardRotation

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from masq import parallel
 from masq.errors import NumericalError
 from masq.models.base import Modality
 from masq.transforms.fake_quantized import Factors, fake_quantized
@@ -122,12 +123,17 @@ def weighted_error(
         weights: lambda_m.
         mean: ``modality`` divides by the tokens of m, ``token`` by all that are not padding (the released code), so
             that a modality counts by its share of the tokens.
+
+    Returns:
+        The part of this process where there are several: tokens are counted in all of them.
     """
-    seen = {m: modality == m for m in weights if bool((modality == m).any())}
-    if mean == "modality":
-        terms = [weights[m] * error[rows].mean() for m, rows in seen.items()]
-    else:
-        terms = [weights[m] * error[rows].sum() / (modality >= 0).sum() for m, rows in seen.items()]
+    rows = {m: modality == m for m in weights}
+    counts = parallel.summed(torch.stack([*(one.sum() for one in rows.values()), (modality >= 0).sum()])).tolist()
+    terms = [
+        weights[m] * error[one].sum() / (count if mean == "modality" else counts[-1])
+        for (m, one), count in zip(rows.items(), counts, strict=False)
+        if count
+    ]
     return torch.stack(terms).sum()
 
 
@@ -149,8 +155,9 @@ def _train(
         for index in _order(num_batches, seed, name, epoch):
             optimizer.zero_grad(set_to_none=True)
             loss = loss_of(index)
-            _require_finite(float(loss.detach()), name)
+            _require_finite(_everywhere(float(loss.detach())), name)
             loss.backward()
+            _join_gradients(parameters)
             optimizer.step()
             schedule.step()
 
@@ -169,8 +176,24 @@ def _measure(
         output = output_of(index)
         outputs.append(output)
         total += float(loss_of(output, index))
+    total = _everywhere(total)
     _require_finite(total, name)
     return total / max(num_batches, 1), outputs
+
+
+def _everywhere(loss: float) -> float:
+    """The sum of a loss over processes."""
+    return loss if parallel.size() == 1 else float(parallel.summed(torch.tensor(loss, dtype=torch.float64)))
+
+
+def _join_gradients(parameters: list[torch.Tensor]) -> None:
+    """Sum gradients over processes; one that no process has stays away."""
+    if parallel.size() == 1:
+        return
+    for one in parameters:
+        present = parallel.summed(torch.tensor(float(one.grad is not None), device=one.device))
+        if present:
+            one.grad = parallel.summed(torch.zeros_like(one) if one.grad is None else one.grad)
 
 
 def _require_finite(loss: float, name: str) -> None:

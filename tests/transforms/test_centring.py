@@ -15,7 +15,7 @@ from masq.modules.quant_linear import QuantLinear
 from masq.numerics.affine import quantize
 from masq.numerics.scheme import Scheme, TensorFormat
 from masq.pipeline.group_input import GroupInput
-from masq.transforms.centring import centred
+from masq.transforms.centring import NOISE, centred
 from masq.transforms.frame import ModalityCentring
 
 TEXT, VISION, AUDIO = Modality.TEXT, Modality.VISION, Modality.AUDIO
@@ -49,7 +49,8 @@ def test_statistics_are_those_of_centred_rows() -> None:
     expected = accumulator.result()
     for m in (TEXT, VISION):
         assert torch.allclose(found.abs_max[m], expected.abs_max[m], rtol=1e-5)
-        assert torch.allclose(found.second_moment[m], expected.second_moment[m], rtol=1e-9, atol=1e-9)
+        noise = NOISE * found.centre[m].square().mean() * torch.eye(13, dtype=torch.float64)
+        assert torch.allclose(found.second_moment[m], expected.second_moment[m] + noise, rtol=1e-9, atol=1e-9)
         assert torch.equal(found.second_moment[m], found.second_moment[m].t())
         assert torch.allclose(found.rows[m], expected.rows[m], atol=1e-5)
         assert found.num_tokens[m] == expected.num_tokens[m]
@@ -60,6 +61,16 @@ def test_groups_that_are_left_out_stay_as_they_are() -> None:
     found = centred(given, ["qkv"])
     assert found["down"] is given["down"]
     assert found["qkv"] is not given["qkv"]
+
+
+def test_a_modality_that_is_left_out_keeps_the_origin() -> None:
+    given = statistics(batch(), centre=True)
+    found = centred({"qkv": given}, ["qkv"], ["vision", "audio"])["qkv"]
+    assert not found.centre[TEXT].any()
+    assert torch.equal(found.centre[VISION], given.centre[VISION])
+    assert torch.equal(found.second_moment[TEXT], given.second_moment[TEXT])
+    assert torch.equal(found.abs_max[TEXT], given.abs_max[TEXT])
+    assert torch.equal(found.rows[TEXT], given.rows[TEXT])
 
 
 def test_the_centre_has_the_least_relative_distance_and_ignores_massive_tokens() -> None:
@@ -136,3 +147,5 @@ def test_a_group_is_named_once() -> None:
         ModalityCentring(groups=("qkv", "qkv"))
     with pytest.raises(ConfigError, match="at least one group"):
         ModalityCentring(groups=())
+    with pytest.raises(ConfigError, match="at least one modality"):
+        ModalityCentring(modalities=())
