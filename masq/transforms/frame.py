@@ -95,14 +95,12 @@ class ModalityCentring:
 
     Attributes:
         groups: the groups of linears whose inputs are centred.
-        modalities: whose inputs. Text is left out by default: its first token, which all others attend to, is far from
-            the rest and has values near zero, which ``(x - c) W^T + c W^T`` would have to give by cancellation; and
-            decoding has nothing to subtract.
+        modalities: whose inputs. Without text, decoding has nothing to subtract.
     """
 
     kind: Literal["modality"] = "modality"
     groups: tuple[GroupName, ...] = ALL_GROUPS
-    modalities: tuple[Literal["text", "vision", "audio"], ...] = ("vision", "audio")
+    modalities: tuple[Literal["text", "vision", "audio"], ...] = ("text", "vision", "audio")
 
     def __post_init__(self) -> None:
         """Reject a centring of nothing.
