@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
-from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -12,10 +11,11 @@ from masq.audit import ORIGINS, SLOTS, audit, claims
 from masq.cli import main
 from masq.compensation.config import Compensation
 from masq.compose import compose
-from masq.config import CalibrationConfig
+from masq.config import CalibrationConfig, decode
 from masq.rounding.config import ClipSearch, Rounding
 from masq.transforms.config import Smoothing
 from masq.transforms.frame import Centring, Rotation
+from tests.composing import names, overrides_for, plain
 
 KINDS = {
     "rotation": Rotation,
@@ -24,8 +24,7 @@ KINDS = {
     "rounding": Rounding,
     "compensation": Compensation,
 }
-METHODS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "method").glob("*.yaml"))
-MODEL, OVERRIDES = "model=qwen2_5_omni_3b", "scheme.overrides=[{roles:[down],skip:true}]"
+METHODS = names("method")
 
 
 def expected(kind: type) -> set[str]:
@@ -61,7 +60,7 @@ def test_claims_are_well_formed() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_value_of_a_listed_method_is_without_a_source(method: str) -> None:
-    findings = audit(compose([f"method={method}"]))
+    findings = audit(decode(plain(f"method={method}")))
     assert [found.key for found in findings if found.origin == "set here"] == []
     assert {f"calibration.{field.name}" for field in fields(CalibrationConfig)} - {found.key for found in findings} == {
         "calibration.batch_size",
@@ -71,16 +70,18 @@ def test_no_value_of_a_listed_method_is_without_a_source(method: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a6", "w4a4", "w4a16", "w4a16_g64"])
 def test_the_grids_of_every_preset_have_sources(scheme: str) -> None:
-    found = {one.key: one for one in audit(compose([MODEL, f"scheme={scheme}"])) if one.key.startswith("scheme.")}
+    told = plain(*overrides_for("scheme", scheme))
+    found = {one.key: one for one in audit(decode(told)) if one.key.startswith("scheme.")}
     assert {"scheme.weight.symmetric", "scheme.weight.group_size", "scheme.roles", "scheme.overrides"} <= set(found)
     assert ("scheme.activation.granularity" in found) == ("a16" not in scheme)
     assert [key for key, one in found.items() if one.origin == "set here"] == []
-    mixed = audit(compose([MODEL, f"scheme={scheme}", "scheme.name=mixed", OVERRIDES]))
+    told["scheme"] |= {"name": "mixed", "overrides": [{"roles": ["down"], "skip": True}]}
+    mixed = audit(decode(told))
     assert next(one for one in mixed if one.key == "scheme.overrides").origin == "set here"
 
 
 def test_the_sources_of_masquant_contradict_each_other_visibly() -> None:
-    by_key = {found.key: found for found in audit(compose(["method=masquant"]))}
+    by_key = {found.key: found for found in audit(decode(plain("method=masquant")))}
     weights = by_key["method.smoothing.loss_weights"]
     assert (weights.origin, weights.where) == ("paper", "MASQuant, equation 14")
     assert any(other.startswith("reference code: text 1.0, vision 0.5") for other in weights.others)

@@ -2,86 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
-from typing import Any
 
-import hydra
 import pytest
-import yaml
-from omegaconf import OmegaConf
 
 from masq.config import RunConfig, active_modalities, decode, to_dict
 from masq.errors import ConfigError
+from tests.composing import CONF, modalities_of, names, overrides_for, part, plain
 
-CONF = Path(__file__).parents[1] / "conf"
-# The stages of a method are groups of their own, mounted inside `method`.
-SLOTS = ("rotation", "centring", "smoothing", "rounding", "compensation")
 APART = ("experiment", "hydra")
 # Experiments are lists of sweeps, tests/experiment composes their cells; launchers are Hydra's.
 FILES = [path for path in sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml")) if path.parts[0] not in APART]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def config_folder() -> Iterator[None]:
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
-
-
-@cache
-def plain(*overrides: str) -> dict[str, Any]:
-    content = OmegaConf.to_container(hydra.compose("run", overrides=list(overrides)), resolve=True)
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
 
 
 def compose(*overrides: str) -> RunConfig:
     return decode(plain(*overrides))
 
 
-def names(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-
-
-@cache
-def of_model(name: str) -> tuple[str, ...]:
-    """The modalities in a model's file."""
-    return tuple(yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())["modalities"])
-
-
-def overrides_for(path: Path) -> list[str]:
-    """The command line that brings in one file."""
-    group, name = path.parent.as_posix(), path.stem
-    if group in SLOTS:
-        # Some stages only make sense together, for example rounding per modality and smoothing per modality.
-        partner = ["smoothing@method.smoothing=modality_learned"] if name == "nearest_per_modality" else []
-        return ["method=rtn", *partner, f"{group}@method.{group}={name}"]
-    if group == "model" and len(of_model(name)) < 3:
-        return ["modality=dual", f"model={name}"]
-    if group == "scheme":
-        return ["method=none" if name == "w16a16" else "method=rtn", "model=qwen2_5_omni_3b", f"scheme={name}"]
-    return [] if group == "." else [f"{group}={name}"]
-
-
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.as_posix())
 def test_every_file_composes_and_survives_a_round_trip(path: Path) -> None:
-    config = compose(*overrides_for(path))
+    config = compose(*overrides_for(path.parent.as_posix(), path.stem))
     assert decode(to_dict(config)) == config
 
 
 @pytest.mark.parametrize("group", ["model", "modality", "scheme", "method"])
 def test_a_file_is_named_like_what_it_holds(group: str) -> None:
     for name in names(group):
-        overrides = overrides_for(Path(group) / f"{name}.yaml")
-        assert getattr(compose(*overrides), group).name == name
+        assert getattr(compose(*overrides_for(group, name)), group).name == name
 
 
 @pytest.mark.parametrize("method", names("method"))
 @pytest.mark.parametrize("scheme", names("scheme"))
 def test_method_and_scheme_decode_or_say_why_not(method: str, scheme: str) -> None:
     try:
-        config = decode({**plain(f"method={method}"), "scheme": plain(f"scheme={scheme}")["scheme"]})
+        config = decode({**plain(f"method={method}"), "scheme": part("scheme", scheme)})
     except ConfigError as error:
         assert error.remedy, str(error)
         assert scheme in ("w16a16", "w4a16"), str(error)
@@ -91,12 +45,16 @@ def test_method_and_scheme_decode_or_say_why_not(method: str, scheme: str) -> No
 
 @pytest.mark.parametrize("model", names("model"))
 def test_tri_needs_a_model_that_hears(model: str) -> None:
-    if len(of_model(model)) < 3:
+    def active(modality: str) -> tuple[str, ...]:
+        cell = plain(*overrides_for("model", model))
+        return active_modalities(decode({**cell, "modality": part("modality", modality)}))
+
+    if len(modalities_of(model)) < 3:
         with pytest.raises(ConfigError, match="needs vision and audio"):
-            active_modalities(compose(f"model={model}", "modality=tri"))
+            active("tri")
     else:
-        assert active_modalities(compose(f"model={model}", "modality=tri")) == ("text", "vision", "audio")
-    assert active_modalities(compose(f"model={model}", "modality=dual")) == of_model(model)[:2]
+        assert active("tri") == ("text", "vision", "audio")
+    assert active("dual") == modalities_of(model)[:2]
 
 
 def test_the_demo_is_the_preset_of_the_makefile() -> None:

@@ -7,25 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from masq.config import RunConfig, active_modalities, decode, load, notes, to_dict
 from masq.errors import ConfigError
 from masq.files import atomic_write_bytes
 from masq.identity import folder_name, identity, run_folder, to_hashed_dict
 from masq.numerics.scheme import Scheme, TensorFormat
-
-CONF = Path(__file__).parents[1] / "conf"
-
-
-def names(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-
-
-def plain(*overrides: str) -> dict[str, Any]:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return OmegaConf.to_container(compose("run", overrides=list(overrides)), resolve=True)  # type: ignore[return-value]
+from tests.composing import SLOTS, names, overrides_for, part, plain
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +39,8 @@ def test_the_default_is_the_command_of_the_readme(base: dict[str, Any]) -> None:
 
 
 def test_methods_are_what_the_papers_say() -> None:
-    slots = {}
-    for name in names("method"):
-        method = decode(plain(f"method={name}", "scheme=w16a16" if name == "none" else "scheme=w4a8")).method
+    slots, methods = {}, {name: decode(plain(f"method={name}")).method for name in names("method")}
+    for name, method in methods.items():
         assert method.name == name
         assert method.description
         slots[name] = (method.smoothing.kind, method.rounding.kind, method.compensation.kind)
@@ -78,15 +65,10 @@ def test_methods_are_what_the_papers_say() -> None:
         "rtn_clip": ("none", "nearest", "none"),
     }
     searched = {"awq", "mbq", "rtn_clip", "masq", "masq_rot"}
-    clipped = {
-        name for name in names("method") if getattr(decode(plain(f"method={name}")).method.rounding, "clip", None)
-    }
-    assert clipped == searched
-    rotated = {name for name in names("method") if decode(plain(f"method={name}")).method.rotation.kind == "hadamard"}
+    assert {name for name, method in methods.items() if getattr(method.rounding, "clip", None)} == searched
+    rotated = {name for name, method in methods.items() if method.rotation.kind == "hadamard"}
     assert rotated == {"quarot", "quarot_gptq", "masq_rot"}
-    gauges = {
-        name: decode(plain(f"method={name}")).method.compensation.gauge for name in ("masquant", "masquant_gauged")
-    }
+    gauges = {name: methods[name].compensation.gauge for name in ("masquant", "masquant_gauged")}  # type: ignore[union-attr]
     assert gauges == {"masquant": "given", "masquant_gauged": "text"}
 
 
@@ -103,7 +85,7 @@ def test_methods_differ_where_they_should() -> None:
 
 @pytest.mark.parametrize("name", names("scheme"))
 def test_scheme_files_are_the_presets(name: str) -> None:
-    assert decode(plain(f"scheme={name}", "method=none")).scheme == Scheme.preset(name)
+    assert decode(plain(*overrides_for("scheme", name))).scheme == Scheme.preset(name)
 
 
 def test_every_preset_has_a_file() -> None:
@@ -113,7 +95,7 @@ def test_every_preset_has_a_file() -> None:
 def test_every_cell_decodes_or_says_why_not() -> None:
     """Every model, modality set, scheme and method with one calibration, and every calibration with one model."""
     groups = ("model", "modality", "scheme", "method", "calibration", "evaluation", "output")
-    parts = {group: {name: plain(f"{group}={name}")[group] for name in names(group)} for group in groups}
+    parts = {group: {name: part(group, name) for name in names(group)} for group in groups}
     for name, other in parts["model"].items():
         if name not in ("nano_omni", "qwen2_5_vl_7b"):
             one = {"calibration": "default", "evaluation": "quick"}
@@ -145,11 +127,10 @@ def check_cells(parts: dict[str, dict[str, Any]]) -> None:
             assert decode(to_dict(config)) == config
 
 
-@pytest.mark.parametrize("slot", ["rotation", "smoothing", "rounding", "compensation"])
-def test_every_slot_file_decodes(slot: str) -> None:
+@pytest.mark.parametrize("slot", SLOTS)
+def test_every_slot_file_is_named_after_its_kind(slot: str) -> None:
     for name in names(slot):
-        overrides = [f"method={'mas' if 'per_modality' in name else 'rtn'}", f"{slot}@method.{slot}={name}"]
-        assert getattr(decode(plain(*overrides)).method, slot).kind in name
+        assert getattr(decode(plain(*overrides_for(slot, name))).method, slot).kind in name
 
 
 @pytest.mark.parametrize("name", names("preset"))
@@ -294,14 +275,10 @@ def test_impossible_combinations_are_refused_with_the_reason(overrides: list[str
 @pytest.mark.parametrize("rounding", ["gptq", "gptq_clip", "nearest_clip"])
 @pytest.mark.parametrize("compensation", ["none", "whitened_low_rank"])
 def test_searches_compose_with_every_slot(smoothing: str, rounding: str, compensation: str) -> None:
-    overrides = [
-        "method=gptq",
-        f"smoothing@method.smoothing={smoothing}",
-        f"rounding@method.rounding={rounding}",
-        f"compensation@method.compensation={compensation}",
-        "rotation@method.rotation=hadamard",
-    ]
-    method = decode(plain(*overrides)).method
+    stages = {"smoothing": smoothing, "rounding": rounding, "compensation": compensation, "rotation": "hadamard"}
+    told = plain("method=gptq")
+    told["method"] |= {slot: part(slot, name) for slot, name in stages.items()}
+    method = decode(told).method
     assert (method.smoothing.kind, method.compensation.kind) == (smoothing, compensation)
 
 

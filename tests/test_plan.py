@@ -4,11 +4,8 @@ import json
 import struct
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from masq.config import RunConfig, decode
 from masq.errors import ConfigError, ModelError
@@ -16,16 +13,14 @@ from masq.models.architecture import architecture, count_parameters, input_sizes
 from masq.models.config import Architecture
 from masq.models.zoo import nano
 from masq.plan import plan, render
+from tests.composing import plain
 from tests.nano_fixtures import NANO
 
-CONF = Path(__file__).parents[1] / "conf"
 TINY = Architecture(12, 2, 3, 1, 20, 50, tower_parameters=7)
 
 
 def configured(*overrides: str) -> RunConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        plain: Any = OmegaConf.to_container(compose("run", overrides=list(overrides)), resolve=True)
-    return decode(plain)
+    return decode(plain(*overrides))
 
 
 def write_checkpoint(folder: Path, config: object, tensors: dict[str, list[int]]) -> None:

@@ -6,10 +6,8 @@ import gc
 import json
 from pathlib import Path
 
-import hydra
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -21,10 +19,10 @@ from masq.models.config import ModelConfig
 from masq.models.zoo import nano
 from masq.report.record import comparable
 from masq.run import load_finished, run
+from tests.composing import names, plain
 from tests.test_run import splits  # noqa: F401
 
-CONF = Path(__file__).parents[2] / "conf"
-METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+METHODS = names("method")
 KINDS = {"nano_vl": ("vision",), "nano_omni": ("vision", "audio")}
 
 
@@ -45,17 +43,14 @@ def model(name: str, source: Path | str, **changes: object) -> ModelConfig:
 
 def cell(splits: dict[str, Path], root: Path, source: Path, method: str, weights: str) -> RunConfig:  # noqa: F811
     """A cell of nano_omni with the method as ``conf`` has it, but for one epoch of learning."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        overrides = ["model=nano_omni", f"method={method}", "scheme=w4a6"]
-        plain = OmegaConf.to_container(hydra.compose("run", overrides=overrides), resolve=True)
-    assert isinstance(plain, dict)
-    if "learned" in plain["method"]["smoothing"].get("kind", ""):
-        plain["method"]["smoothing"]["epochs"] = 1
-    plain["model"] |= {"source": str(source), "weights": weights}
-    plain["calibration"] |= {"samples_per_task": 2, "batch_size": 3, "source": str(splits["calibration"])}
-    plain["evaluation"] = {"score": False, "samples_per_task": 1, "batch_size": 2, "source": str(splits["evaluation"])}
-    plain["output"] = {"root": str(root)}
-    return decode({str(key): value for key, value in plain.items()})
+    told = plain("model=nano_omni", f"method={method}", "scheme=w4a6")
+    if "learned" in told["method"]["smoothing"].get("kind", ""):
+        told["method"]["smoothing"]["epochs"] = 1
+    told["model"] |= {"source": str(source), "weights": weights}
+    told["calibration"] |= {"samples_per_task": 2, "batch_size": 3, "source": str(splits["calibration"])}
+    told["evaluation"] = {"score": False, "samples_per_task": 1, "batch_size": 2, "source": str(splits["evaluation"])}
+    told["output"] = {"root": str(root)}
+    return decode(told)
 
 
 def bits(folder: Path) -> dict[str, torch.Tensor]:
