@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -130,18 +132,45 @@ def with_sizes(cell: dict) -> dict:
     return cell
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As a process that is killed runs, whose record is compared bit by bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+Finished = Callable[[str], tuple[RunRecord, Path]]
+
+
+@pytest.fixture(scope="module")
+def finished(splits: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The record of a method that nothing interrupted, and its root, which is only read; made once."""
+
+    @lru_cache
+    def made(method: str) -> tuple[RunRecord, Path]:
+        root = tmp_path_factory.mktemp(method)
+        with one_thread():
+            return run(config(splits, root, method)), root
+
+    return made
+
+
 @pytest.mark.parametrize("method", list(METHODS))
-def test_every_method_end_to_end(splits: dict[str, Path], tmp_path: Path, method: str) -> None:
-    record = run(config(splits, tmp_path, method))
+def test_every_method_end_to_end(splits: dict[str, Path], finished: Finished, method: str) -> None:
+    record, root = finished(method)
     assert record.status == "finished"
     assert set(record.scores) == set(TASKS)
     assert record.scores["read"]["exact_match"]["n"] == record.scores["choice"]["acc_norm"]["n"] == 3
     assert set(record.fidelity["sqnr"]) == {"text", "vision", "audio"}
     assert set(record.fidelity["kl"]) == {"text", "vision", "audio", "joint"}
-    folder = next(tmp_path.glob(f"nano_omni-tri-{'float' if method == 'none' else 'w4a6'}-*"))
+    folder = next(root.glob(f"nano_omni-tri-{'float' if method == 'none' else 'w4a6'}-*"))
     assert {"config.yaml", "log", "record.json"} <= {path.name for path in folder.iterdir()}
     assert comparable(read_record(folder)) == comparable(record)
-    assert str(tmp_path) not in (folder / "record.json").read_text()
+    assert str(root) not in (folder / "record.json").read_text()
     sqnr = record.fidelity["sqnr"].values()
     if method == "none":
         assert set(sqnr) == {200.0}
@@ -151,7 +180,7 @@ def test_every_method_end_to_end(splits: dict[str, Path], tmp_path: Path, method
         assert any("ignored" in warning for warning in record.warnings)
     else:
         assert all(0 < value < 60 for value in sqnr)
-        planned = plan(decode(with_sizes(plain(splits, tmp_path, method))))
+        planned = plan(decode(with_sizes(plain(splits, root, method))))
         assert record.effective_bits["total"] == pytest.approx(planned.effective_bits)
         # mas stores three weights wherever it smooths, that is everywhere but in down.
         assert 4 < record.effective_bits["codes"] < 12 if method == "mas" else record.effective_bits["codes"] == 4
@@ -160,8 +189,10 @@ def test_every_method_end_to_end(splits: dict[str, Path], tmp_path: Path, method
 
 
 @pytest.mark.parametrize("method", ["rtn", "masquant", "qera_int8", "quarot_gptq"])
-def test_packed_execution_equals_the_simulation(splits: dict[str, Path], tmp_path: Path, method: str) -> None:
-    simulated = run(config(splits, tmp_path, method))
+def test_packed_execution_equals_the_simulation(
+    splits: dict[str, Path], tmp_path: Path, finished: Finished, method: str
+) -> None:
+    simulated, _ = finished(method)
     packed = run(config(splits, tmp_path, method, execution="packed"))
     assert packed.identity != simulated.identity
     assert sum(packed.provenance["kernels"].values()) == 21
@@ -191,16 +222,19 @@ def test_packed_execution_of_one_kernel(splits: dict[str, Path], tmp_path: Path)
         config(splits, tmp_path, "mas", execution="packed")
 
 
-def test_a_finished_run_is_skipped(splits: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run(config(splits, tmp_path))
+def test_a_finished_run_is_skipped(
+    splits: dict[str, Path], finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, root = finished("rtn")
     monkeypatch.setattr(run_module, "_fill", lambda *_args: pytest.fail("ran again"))
-    assert run(config(splits, tmp_path)).to_dict() == first.to_dict()
+    assert run(config(splits, root)).to_dict() == first.to_dict()
 
 
-def test_identity_follows_config_and_data(splits: dict[str, Path], tmp_path: Path) -> None:
-    base = run(config(splits, tmp_path)).identity
+def test_identity_follows_config_and_data(splits: dict[str, Path], tmp_path: Path, finished: Finished) -> None:
+    first, root = finished("rtn")
+    base = first.identity
     assert run(config(splits, tmp_path, seed=1)).identity != base
-    assert run(config(splits, tmp_path, threads=torch.get_num_threads())).identity == base
+    assert run(config(splits, root, threads=torch.get_num_threads())).identity == base
     other = {**splits, "evaluation": write_split(tmp_path / "other.parquet", "evaluation", 3, 300)}
     assert run(config(other, tmp_path)).identity != base
 
@@ -229,12 +263,12 @@ def test_overrides_end_to_end(splits: dict[str, Path], tmp_path: Path) -> None:
     assert run(decode(cell)).to_dict() == record.to_dict()
 
 
-def test_starts_from_its_own_config_yaml(splits: dict[str, Path], tmp_path: Path) -> None:
+def test_starts_from_its_own_config_yaml(splits: dict[str, Path], finished: Finished) -> None:
     import yaml
 
-    record = run(config(splits, tmp_path))
-    stored = yaml.safe_load(next(tmp_path.glob("nano*/config.yaml")).read_text())
-    assert decode(stored) == config(splits, tmp_path)
+    record, root = finished("rtn")
+    stored = yaml.safe_load(next(root.glob("nano*/config.yaml")).read_text())
+    assert decode(stored) == config(splits, root)
     assert run(decode(stored)).to_dict() == record.to_dict()
 
 
@@ -284,14 +318,17 @@ def test_runs_share_the_outputs_of_the_float_model(splits: dict[str, Path], tmp_
 
 
 @pytest.mark.parametrize("method", ["none", "masquant", "quarot_gptq"])
-def test_a_finished_run_is_loaded_again(splits: dict[str, Path], tmp_path: Path, method: str) -> None:
+def test_a_finished_run_is_loaded_again(
+    splits: dict[str, Path], tmp_path: Path, finished: Finished, method: str
+) -> None:
     """From its stored blocks, without calibration, with the scores of its record; lmms-eval loads it by its folder."""
     from masq.calibration.data import load_samples
     from masq.plugin import MasqRun, manifest
 
-    record = run(config(splits, tmp_path, method))
+    record, root = finished(method)
     assert set(record.provenance["harnesses"]) == {"lm-eval", "lmms-eval"}
-    [folder] = [path.parent for path in tmp_path.glob("*/record.json")]
+    [made] = [path.parent for path in root.glob("*/record.json")]
+    folder = Path(shutil.copytree(made, tmp_path / made.name))
     samples = load_samples(splits["evaluation"], None, None, 0, ("text", "vision", "audio"))
     evaluation = decode(plain(splits, tmp_path, method)).evaluation
     again = evaluate(load_finished(folder), samples, evaluation, tmp_path / "again")
@@ -312,16 +349,16 @@ def test_a_finished_run_is_loaded_again(splits: dict[str, Path], tmp_path: Path,
 def test_benchmarks_instead_of_tasks(splits: dict[str, Path], tmp_path: Path) -> None:
     """Scored through their harness; the samples at hand serve to compare with the float model, if there are any."""
     told = {
-        "benchmarks": ["arc_easy", "textvqa_val"],
+        "benchmarks": ["arc_easy", "scienceqa_img"],
         "records": str(Path(__file__).parent / "evaluation" / "fixtures"),
     }
     both = {"batch_size": 2, "max_failure_share": 1.0, **told}
     record = run(config(splits, tmp_path / "a", evaluation={**both, "source": str(splits["evaluation"])}))
     assert {name: list(by) for name, by in record.scores.items()} == {
         "arc_easy": ["acc_norm", "acc"],
-        "textvqa_val": ["soft_accuracy"],
+        "scienceqa_img": ["acc"],
     }
-    assert record.outcomes["textvqa_val"]["soft_accuracy"]["groups"] is None or record.health["textvqa_val"]["n"] == 2
+    assert record.health["scienceqa_img"]["n"] == 2
     assert record.config["evaluation"]["records"] == "fixtures", "where they lay is nobody's business"
     assert record.fidelity["sqnr"]
     alone = run(config(splits, tmp_path / "b", evaluation=both))
@@ -341,11 +378,11 @@ def test_samples_shown_in_calibration_are_refused_or_stamped(splits: dict[str, P
     assert "contaminated" in table([record])
 
 
-def test_fidelity_alone(splits: dict[str, Path], tmp_path: Path) -> None:
+def test_fidelity_alone(splits: dict[str, Path], tmp_path: Path, finished: Finished) -> None:
     """No task is scored, and the comparison with the float model is the one of a run with scores."""
     evaluation = {"batch_size": 2, "max_new_tokens": 3, "source": str(splits["evaluation"])}
     alone = run(config(splits, tmp_path, evaluation={**evaluation, "score": False}))
-    both = run(config(splits, tmp_path, evaluation=evaluation))
+    both, _ = finished("rtn")
     assert (alone.scores, alone.health) == ({}, {})
     assert "evaluate" not in alone.timings
     assert both.scores
@@ -409,61 +446,66 @@ import torch
 torch.set_num_threads(1)
 from masq.config import decode
 from masq.evaluation.batch_store import BatchStore
+from masq.evaluation.harness import require_harnesses
+from masq.models.zoo import nano
 from masq.pipeline.store import BlockStore
-from masq.run import load_finished, run
+from masq.run import run
 
-target, after = {"block": BlockStore, "batch": BatchStore}[sys.argv[2]], int(sys.argv[3])
-real, count = target.save, 0
+def die_after(target, left):
+    real = target.save
 
-def save(self, *args):
-    global count
-    real(self, *args)
-    count += 1
-    if count == after:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def save(self, *args):
+        real(self, *args)
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-target.save = save
-run(decode(json.loads(sys.argv[1])))
+    target.save = save
+
+# What takes seconds to import is there before the processes part.
+require_harnesses()
+nano.build("nano_omni")
+for where, after, config in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        die_after({"block": BlockStore, "batch": BatchStore}[where], after)
+        run(decode(config))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
+KILLED = [
+    ("masquant", "block", 2),
+    ("masquant", "block", 5),
+    ("masquant", "batch", 3),
+    ("smoothquant", "batch", 9),
+    ("mbq", "block", 3),
+]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(splits: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunRecord]:
-    """The record of a method that nothing interrupted, made once."""
-    return lru_cache(lambda method: run(config(splits, tmp_path_factory.mktemp(method), method)))
+def killed(splits: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int], Path]:
+    """The folder of every run that was killed, each in a process of its own."""
+    roots = {case: tmp_path_factory.mktemp("-".join(map(str, case))) for case in KILLED}
+    told = [[where, after, plain(splits, root, method)] for (method, where, after), root in roots.items()]
+    command = [sys.executable, "-c", KILLER, json.dumps(told)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.split() == [str(-signal.SIGKILL.value)] * len(KILLED), done.stderr
+    return roots
 
 
-@pytest.mark.parametrize(
-    ("method", "where", "after"),
-    [
-        ("masquant", "block", 2),
-        ("masquant", "block", 5),
-        ("masquant", "batch", 3),
-        ("smoothquant", "batch", 9),
-        ("mbq", "block", 3),
-    ],
-)
+@pytest.mark.parametrize("case", KILLED, ids=lambda case: "-".join(map(str, case)))
 def test_kill_and_resume_is_bit_identical(
-    undisturbed: Callable[[str], RunRecord],
+    finished: Finished,
+    killed: dict[tuple[str, str, int], Path],
     splits: dict[str, Path],
-    tmp_path: Path,
-    method: str,
-    where: str,
-    after: int,
+    case: tuple[str, str, int],
 ) -> None:
     """SIGKILL while calibrating and while evaluating: the resumed record equals an undisturbed one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        expected = undisturbed(method)
-        arguments = [json.dumps(plain(splits, tmp_path / "killed", method)), where, str(after)]
-        killed = subprocess.run([sys.executable, "-c", KILLER, *arguments], capture_output=True, check=False)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-        assert not list((tmp_path / "killed").glob("*/record.json"))
-        resumed = run(config(splits, tmp_path / "killed", method))
-    finally:
-        torch.set_num_threads(threads)
-    assert same_result(resumed, expected)
+    assert not list(killed[case].glob("*/record.json"))
+    with one_thread():
+        resumed = run(config(splits, killed[case], case[0]))
+    assert same_result(resumed, finished(case[0])[0])
 
 
 def same_result(a: RunRecord, b: RunRecord) -> bool:

@@ -89,7 +89,7 @@ def test_an_interrupted_benchmark_goes_on(adapter: ModelAdapter, tmp_path: Path)
         if done == 1:
             raise KeyboardInterrupt
 
-    each = replace(config("textvqa_val"), batch_size=1)
+    each = replace(config("scienceqa_img"), batch_size=1)
     with pytest.raises(KeyboardInterrupt):
         run_benchmarks(adapter, each, tmp_path / "killed", killed)
     assert len(list((tmp_path / "killed").rglob("*.json"))) == 1
