@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,6 +27,7 @@ from masq.plan import plan
 from masq.report.record import RunRecord, comparable, read_record
 from masq.report.table import table
 from masq.run import load_finished, run
+from tests.killing import kill_all
 
 TASKS = {"read": ("vision",), "speech": ("audio",), "same": ("vision", "audio"), "manual": (), "choice": ()}
 
@@ -440,40 +437,6 @@ def test_a_failure_is_recorded_and_tried_again(
     assert run(config(splits, tmp_path)).status == "finished"
 
 
-KILLER = """
-import json, os, signal, sys
-import torch
-torch.set_num_threads(1)
-from masq.config import decode
-from masq.evaluation.batch_store import BatchStore
-from masq.evaluation.harness import require_harnesses
-from masq.models.zoo import nano
-from masq.pipeline.store import BlockStore
-from masq.run import run
-
-def die_after(target, left):
-    real = target.save
-
-    def save(self, *args):
-        real(self, *args)
-        nonlocal left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    target.save = save
-
-# What takes seconds to import is there before the processes part.
-require_harnesses()
-nano.build("nano_omni")
-for where, after, config in json.loads(sys.argv[1]):
-    child = os.fork()
-    if child == 0:
-        die_after({"block": BlockStore, "batch": BatchStore}[where], after)
-        run(decode(config))
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
 KILLED = [
     ("masquant", "block", 2),
     ("masquant", "block", 5),
@@ -485,12 +448,9 @@ KILLED = [
 
 @pytest.fixture(scope="module")
 def killed(splits: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int], Path]:
-    """The folder of every run that was killed, each in a process of its own."""
+    """The root of every run that was killed."""
     roots = {case: tmp_path_factory.mktemp("-".join(map(str, case))) for case in KILLED}
-    told = [[where, after, plain(splits, root, method)] for (method, where, after), root in roots.items()]
-    command = [sys.executable, "-c", KILLER, json.dumps(told)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout.split() == [str(-signal.SIGKILL.value)] * len(KILLED), done.stderr
+    kill_all([(where, after, plain(splits, root, method)) for (method, where, after), root in roots.items()])
     return roots
 
 

@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
-import sys
-from importlib.util import find_spec
 
-import pytest
 import torch
 
 from masq.kernels.triton.kernel import TritonKernel
@@ -22,17 +18,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNEL = TritonKernel()
 ACTIVATION = cases.per_token(8)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def run_in_interpreter(file: str, names: str) -> None:
-    """The tests of a file whose names say so, in a process whose Triton interprets."""
-    if find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    command = [sys.executable, "-m", "pytest", file, "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", names]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
 
 
 def moved(given, device):

@@ -30,7 +30,10 @@ def kernel(request: pytest.FixtureRequest) -> CpuKernel:
     return CpuKernel(request.param)
 
 
-@pytest.fixture(params=[1, 2])
+BITS = [(8, 8), (4, 8), (4, 4)]
+
+
+@pytest.fixture
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -38,8 +41,13 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
-@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "bits", "threads"),
+    # Every shape and every width with one thread and with two.
+    [(shape, bits, 1 + (i + j) % 2) for i, shape in enumerate(cases.SHAPES) for j, bits in enumerate(BITS)],
+    ids=str,
+    indirect=["threads"],
+)
 def test_equals_the_reference_to_the_last_bit(kernel, threads, shape, bits):
     cases.check_equals_reference(partial(cases.run, kernel), shape, bits)
 

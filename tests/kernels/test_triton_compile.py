@@ -6,6 +6,8 @@ whether it multiplies integers on tensor cores, and whether operands reach them 
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -31,14 +33,18 @@ MAX_ROWS = 4096
 
 
 def lines() -> list:
-    """Every line of every table, with corrections, coded ones and none; by default the first and the last."""
-    found = []
-    for capability in CAPABILITIES:
+    """Every line of every table, with corrections, coded ones and none.
+
+    By default the first line without any, and of the last ones every pair of capability, width and kind of correction.
+    """
+    found, kinds = [], ((None, "plain"), (torch.bfloat16, "corrected"), (torch.int8, "coded"))
+    for row, capability in enumerate(CAPABILITIES):
         for four in (False, True):
             tiles = tiles_of(capability, four)
             for tile in tiles:
-                for factors, kind in ((None, "plain"), (torch.bfloat16, "corrected"), (torch.int8, "coded")):
-                    usual = (tile is tiles[0] and factors is None) or tile is tiles[-1]
+                for column, (factors, kind) in enumerate(kinds):
+                    paired = four == (row + column) % 2
+                    usual = (tile is tiles[0] and factors is None) or (tile is tiles[-1] and paired)
                     name = f"{capability}-w{4 if four else 8}-{tile.max_rows}-{kind}"
                     marks = [] if usual else [pytest.mark.slow]
                     found.append(pytest.param(capability, four, tile, factors, id=name, marks=marks))
@@ -50,10 +56,14 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
+@cache
 def product(
     capability: int, four: bool, num_rows: int, factors: torch.dtype | None, num_outputs: int = OUTPUTS
 ) -> list[Compiled]:
-    """All kernels of one product of bfloat16 rows, two modalities being corrected in three parts, or none."""
+    """All kernels of one product of bfloat16 rows, two modalities being corrected in three parts, or none.
+
+    A few seconds each, so that tests share what they compile.
+    """
     bfloat16, times = torch.bfloat16, 0 if factors is None else 2
     weight = torch.empty(num_outputs, INNER // 2 if four else INNER, dtype=torch.uint8 if four else torch.int8)
     with for_gpu(capability) as made:
@@ -115,8 +125,14 @@ def test_few_rows_are_split_and_combined(four):
     assert [one.name for one in wide] == ["multiply"]
 
 
-@pytest.mark.parametrize("num_rows", [1, 300])
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    ("capability", "num_rows"),
+    [
+        pytest.param(capability, num_rows, marks=() if capability == 90 or paired else pytest.mark.slow)
+        for row, capability in enumerate(CAPABILITIES)
+        for num_rows, paired in ((1, row == 1), (300, row == 0))
+    ],
+)
 def test_rows(capability, num_rows):
     """Of the widths of a model of 7 billion weights: the norm has its hidden size, SiLU the larger one."""
     hidden, wide = (torch.empty(num_rows, inner, dtype=torch.bfloat16) for inner in (INNER, 18944))

@@ -9,10 +9,8 @@ from masq.numerics.scheme import TensorFormat
 from tests.kernels import cases
 from tests.kernels.interpreting import (
     ACTIVATION,
-    INTERPRETED,
     KERNEL,
     moved,
-    run_in_interpreter,
 )
 from tests.kernels.layers import check_layers_that_share_an_input
 
@@ -23,11 +21,6 @@ OPERATIONS = [
     "multiply_codes",
     "low_rank_down",
 ]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is what it runs")
-def test_everything_in_the_interpreter():
-    run_in_interpreter(__file__, "test_layers")
 
 
 def test_layers_in_a_compiled_graph(triton_device, launches):

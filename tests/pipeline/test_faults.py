@@ -6,9 +6,6 @@ import errno
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,26 +21,12 @@ from masq.pipeline import loop
 from masq.pipeline.store import BlockStore
 from masq.report.record import comparable, read_record
 from masq.run import load_finished, run
+from tests.killing import kill_all
 from tests.pipeline.test_streamed import bits, cell, published, same  # noqa: F401
 from tests.test_run import splits  # noqa: F401
 
 METHOD = "masquant"
-KILLER = """
-import json, os, signal, sys
-import torch
-torch.set_num_threads(1)
-from masq.config import decode
-from masq.pipeline.store import BlockStore
-from masq.run import run
-
-real, left = BlockStore.save, iter(range(int(sys.argv[2])))
-def save(self, *args):
-    real(self, *args)
-    if next(left, None) is None:
-        os.kill(os.getpid(), signal.SIGKILL)
-BlockStore.save = save
-run(decode(json.loads(sys.argv[1])))
-"""
+KILLED = (2, 5)
 
 
 @pytest.fixture(scope="module")
@@ -177,17 +160,23 @@ def test_an_error_of_another_kind_stays_what_it_is():
         raise RuntimeError("shapes do not fit")
 
 
-@pytest.mark.parametrize("after", [1, 4])
-def test_a_killed_worker(splits, source, tmp_path, undisturbed, after):  # noqa: F811
-    """Killed during either walk, by SIGKILL as the system does it when memory runs out; what is left is swept up."""
-    config = cell(splits, tmp_path / "runs", source, METHOD, "streamed")
-    arguments = [json.dumps(to_dict(config)), str(after)]
-    killed = subprocess.run([sys.executable, "-c", KILLER, *arguments], capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    folder = next((tmp_path / "runs").glob("nano_omni-*"))
+@pytest.fixture(scope="module")
+def killed(splits, published, tmp_path_factory) -> dict[int, Path]:  # noqa: F811
+    """The root of every run that was killed, by how many blocks it had stored."""
+    roots = {after: tmp_path_factory.mktemp(f"killed-{after}") / "runs" for after in KILLED}
+    cells = {after: cell(splits, root, published["nano_omni"], METHOD, "streamed") for after, root in roots.items()}
+    kill_all([("block", after, to_dict(config)) for after, config in cells.items()])
+    return roots
+
+
+@pytest.mark.parametrize("after", KILLED)
+def test_a_killed_worker(splits, published, killed, undisturbed, after):  # noqa: F811
+    """Killed during either walk; what is left is swept up."""
+    folder = next(killed[after].glob("nano_omni-*"))
     assert list(folder.glob("scratch-*"))
-    assert comparable(run(config)) == undisturbed[0]
-    assert same(bits(tmp_path / "runs"), undisturbed[1])
+    record = run(cell(splits, killed[after], published["nano_omni"], METHOD, "streamed"))
+    assert comparable(record) == undisturbed[0]
+    assert same(bits(killed[after]), undisturbed[1])
     assert not list(folder.glob("scratch-*"))
 
 
