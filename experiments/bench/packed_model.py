@@ -27,10 +27,12 @@ from masq.files import atomic_write_bytes, atomic_write_json
 from masq.models.base import GROUPS, BlockAdapter, EncodedBatch, Modality, ModelAdapter, Role
 from masq.models.decoder import LlamaBlock
 from masq.models.zoo.smol_omni import data_path
+from masq.modules.centres import STORED, Centres
 from masq.modules.modality import ModalityContext
 from masq.modules.packed_linear import PackedLinear, pack_blocks
 from masq.modules.quant_linear import QuantLinear
 from masq.numerics.affine import quantize
+from masq.numerics.low_rank import Factors, encode
 from masq.numerics.scheme import Scheme
 from masq.report.provenance import provenance
 from masq.run import load_finished, run
@@ -39,6 +41,8 @@ log = logging.getLogger(__name__)
 
 BASE = "bf16"
 RANK_RATIOS = (0.0, 0.02, 0.05)
+CODED_RATIO = 0.085
+"""Of corrections in int8 with the bytes of a ratio of 0.05 in 16 bits, centres and scales included (``masq``)."""
 PREFILL = 256
 NEW_TOKENS = 32
 TEXT_SHARE = 1 / 3
@@ -75,7 +79,14 @@ def random_decoder(shape: str, num_blocks: int = 1) -> Any:
 
 
 def packed_decoder(
-    decoder: Any, scheme_name: str, rank_ratio: float, context: ModalityContext, *, by_modality: bool = True
+    decoder: Any,
+    scheme_name: str,
+    rank_ratio: float,
+    context: ModalityContext,
+    *,
+    by_modality: bool = True,
+    coded: bool = False,
+    centred: bool = False,
 ) -> Any:
     """The same with packed linears: smoothing of two modalities, and corrections of vision but for ``down``.
 
@@ -85,6 +96,8 @@ def packed_decoder(
         rank_ratio: of the corrections, 0 for none.
         context: modality of every token.
         by_modality: False for one factor for all, which norms absorb: nothing is smoothed at run time.
+        coded: whether corrections are stored in int8.
+        centred: whether the inputs but those of ``down`` are centred by modality.
     """
     scheme = Scheme.preset(scheme_name)
     assert scheme.weight is not None
@@ -95,19 +108,29 @@ def packed_decoder(
         for role in roles:
             linear: Any = block.linear(role)
             rank = int(rank_ratio * min(linear.weight.shape)) if group != "down" else 0
-            sides = torch.randn(linear.in_features, rank) / 99, torch.randn(rank, linear.out_features) / 99
             layer = QuantLinear(
                 weights={Modality.TEXT: quantize(linear.weight.detach().float(), scheme.weight)},
-                bias=linear.bias,
+                bias=_centres(linear) if centred and role is not Role.DOWN else linear.bias,
                 activation=scheme.activation,
                 context=context,
                 smoothing=smoothing if by_modality and role is not Role.DOWN else None,
-                corrections={Modality.VISION: (sides[0].bfloat16(), sides[1].bfloat16())} if rank else None,
+                corrections={Modality.VISION: _factors(linear, rank, coded)} if rank else None,
                 dtype=torch.bfloat16,
             )
             block.set_linear(role, layer.to(linear.weight.device))
     model.kernels = pack_blocks(blocks, "auto")  # what ran, for the record
     return model
+
+
+def _factors(linear: Any, rank: int, coded: bool) -> Factors:
+    left, right = torch.randn(linear.in_features, rank) / 99, torch.randn(rank, linear.out_features) / 99
+    return encode(left, right) if coded else Factors(left.bfloat16(), right.bfloat16())
+
+
+def _centres(linear: Any) -> Centres:
+    modalities = (Modality.TEXT, Modality.VISION)
+    centres = {m: torch.randn(linear.in_features).to(STORED) for m in modalities}
+    return Centres.of(centres, {m: torch.randn(linear.out_features) for m in modalities})
 
 
 @torch.inference_mode()
@@ -123,6 +146,10 @@ def measure_block(budget: float) -> list[dict[str, Any]]:
         for ratio in RANK_RATIOS:
             name = scheme if not ratio else f"{scheme}, rank ratio {ratio}"
             models[name] = packed_decoder(decoder, scheme, ratio, context)
+    for name, centred in {"int8 corrections": False, "int8 corrections, centred": True}.items():
+        models[f"w4a8, {name}, rank ratio {CODED_RATIO}"] = packed_decoder(
+            decoder, "w4a8", CODED_RATIO, context, coded=True, centred=centred
+        )
     calls = {name: _forward(model, hidden) for name, model in models.items()}
     return [
         {"part": f"3B block, prefill {PREFILL}", "name": n, **asdict(t)}
@@ -165,6 +192,10 @@ CELLS = {
     "w8a8 smoothquant": ("w8a8", ["method=smoothquant"]),
     "w4a8 smoothquant": ("w4a8", ["method=smoothquant"]),
     "w4a8 masquant, rank ratio 0.05": ("w4a8", ["method=masquant", "method.smoothing=modality"]),
+    "w4a8 masq, rank ratio 0.085 in int8": (
+        "w4a8",
+        ["method=masq", "method.rounding=nearest", "method.compensation=whitened_low_rank_int8"],
+    ),
     "w4a16 rtn (g64)": ("w4a16_g64", ["method=rtn"]),
 }
 

@@ -140,7 +140,7 @@ def gptq_figures(spec: Spec, weight: torch.Tensor, rows: torch.Tensor, theirs: T
     float32 must give its scales exactly.
     """
     fmt, low = format_of(spec), spec["codes"][0]
-    moment = SecondMoment()
+    moment = SecondMoment(rows.shape[1], rows.device)
     moment.update(rows)
     hessian = moment.result()
     scale = theirs["scale"].reshape(len(weight), -1)
