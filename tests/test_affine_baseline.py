@@ -47,7 +47,7 @@ def test_learning_lowers_the_error_of_a_block(nano_model: Nano) -> None:  # noqa
     targets = [advance(block, *pair, "block") for pair in zip(chain.hidden, chain.replay, strict=True)]
     copied = copy.deepcopy(block)
     parameters = affine.attach(copied, Scheme.preset("w4a4"), 0)
-    first, last = affine.learn(copied, parameters, chain, targets, 12)
+    first, last = affine.learn(copied, parameters, chain, targets, 24)
     assert last < 0.8 * first
     size = affine.stored_bits(parameters, {"total": 4.0, "num_weights": 1000})
     assert size["total"] > 4.0
