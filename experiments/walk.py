@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,18 @@ from masq.calibration.data import batches as batches_of
 from masq.calibration.data import dataset_hash, load_samples
 from masq.calibration.replay import advance, capture
 from masq.config import RunConfig, active_modalities
-from masq.models.base import BlockAdapter
+from masq.models.base import BlockAdapter, Role
 from masq.models.fingerprint import fingerprint
 from masq.models.loading import load
 from masq.pipeline.progress import BlockClock
 from masq.report.provenance import provenance
+
+
+def float_weight(block: BlockAdapter, role: Role) -> torch.Tensor:
+    """Weight [O, I] of a linear of a float block, float32."""
+    weight = block.linear(role).weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.float()
 
 
 class FloatWalk:
@@ -36,7 +43,7 @@ class FloatWalk:
         batches = [self._adapter.encode(b, with_answer=True) for b in batches_of(self.samples, wanted.batch_size)]
         self._hidden, self.replay = capture(self._adapter, batches)
 
-    def blocks(self) -> Iterator[tuple[BlockAdapter, list[torch.Tensor]]]:
+    def blocks(self) -> Iterator[tuple[BlockAdapter, Sequence[torch.Tensor]]]:
         """Every block with its inputs, once."""
         blocks = self._adapter.blocks()
         clock = BlockClock("measure", len(blocks))

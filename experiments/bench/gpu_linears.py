@@ -76,6 +76,7 @@ def scheme_calls(case: Case, name: str) -> Calls:
         return kernel.gemm(quantized, held[at], **plain, low_rank=low_rank)
 
     reference, few = ReferenceKernel(), min(case.num_rows, CHECKED_ROWS)
+    assert case.smoothing.rows is not None
     some = RowSmoothing(case.smoothing.inverse, case.smoothing.rows[:few])
     quantized = reference.quantize(case.x[:few].contiguous(), scheme.activation, some)
     wanted = reference.gemm(quantized, reference.prepare(packed, scheme.activation), **plain)

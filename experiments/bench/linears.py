@@ -112,14 +112,17 @@ def torch_calls(case: Case) -> Calls:
     """Torch's own operations on the same codes: products alone, which an int8 one leaves unscaled."""
     codes = quantize(case.x.float(), _format("w8a8").activation).codes  # type: ignore[arg-type]
     eights = case.turns([case.packed["w8a8"].codes.clone().t() for _ in range(case.copies)])
-    calls: Calls = {"torch._int_mm, gemm": lambda: torch._int_mm(codes, eights())}
+    calls: Calls = {"torch._int_mm, gemm": lambda: torch._int_mm(codes, eights())}  # pyright: ignore[reportPrivateImportUsage]
     return calls | _qlinear(case, codes) | _int4pack(case) | _torchao(case)
 
 
 def _torchao(case: Case) -> Calls:
     """Its dynamic int8 layer as it is called; nothing where it is not installed (it is not a dependency)."""
     try:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+        from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+            Int8DynamicActivationInt8WeightConfig,
+            quantize_,
+        )
     except ImportError:
         return {}
     made = []

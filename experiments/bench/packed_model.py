@@ -200,36 +200,34 @@ CELLS = {
 }
 
 
-@torch.inference_mode()
 def measure_model(budget: float) -> list[dict[str, Any]]:
     """Prefill of questions, tokens of one answer after another, and memory."""
-    samples = load_samples(data_path("evaluation"), ("read", "speech", "same"), 2, 0, ("text", "vision", "audio"))
-    cells: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as root:
         models = {name: quantized(Path(root) / str(i), *cell) for i, (name, cell) in enumerate(CELLS.items())}
-        single = models[BASE].encode(samples[:1], with_answer=False)
-        several = models[BASE].encode(samples, with_answer=False)
-        prompt = several.inputs["input_ids"].numel()
-        parts: dict[str, Callable[[ModelAdapter], Callable[[], Any]]] = {
-            f"smol_omni, prefill {len(samples)} questions ({prompt} tokens)": lambda a: (
-                lambda: a.model(**several.inputs)
-            ),
-            f"smol_omni, {NEW_TOKENS} tokens of one answer": lambda a: lambda: _answer(a, single),
-        }
-        for part, make in parts.items():
-            found = interleave({name: make(adapter) for name, adapter in models.items()}, BASE, budget)
-            cells += [{"part": part, "name": name, **asdict(timing)} for name, timing in found.items()]
-        base = linear_bytes(models[BASE].blocks())
-        cells += [
-            {
-                "part": "memory of the linears",
-                "name": name,
-                "bytes": linear_bytes(adapter.blocks()),
-                "share": linear_bytes(adapter.blocks()) / base,
-            }
-            for name, adapter in models.items()
-        ]
+    return [*_times_of(models, budget), *_memory_of(models)]
+
+
+@torch.inference_mode()
+def _times_of(models: dict[str, ModelAdapter], budget: float) -> list[dict[str, Any]]:
+    samples = load_samples(data_path("evaluation"), ("read", "speech", "same"), 2, 0, ("text", "vision", "audio"))
+    single = models[BASE].encode(samples[:1], with_answer=False)
+    several = models[BASE].encode(samples, with_answer=False)
+    prompt = several.inputs["input_ids"].numel()
+    parts: dict[str, Callable[[ModelAdapter], Callable[[], Any]]] = {
+        f"smol_omni, prefill {len(samples)} questions ({prompt} tokens)": lambda a: lambda: a.model(**several.inputs),
+        f"smol_omni, {NEW_TOKENS} tokens of one answer": lambda a: lambda: _answer(a, single),
+    }
+    cells: list[dict[str, Any]] = []
+    for part, make in parts.items():
+        found = interleave({name: make(adapter) for name, adapter in models.items()}, BASE, budget)
+        cells += [{"part": part, "name": name, **asdict(timing)} for name, timing in found.items()]
     return cells
+
+
+def _memory_of(models: dict[str, ModelAdapter]) -> list[dict[str, Any]]:
+    size = {name: linear_bytes(adapter.blocks()) for name, adapter in models.items()}
+    part = {"part": "memory of the linears"}
+    return [{**part, "name": name, "bytes": one, "share": one / size[BASE]} for name, one in size.items()]
 
 
 def _answer(adapter: ModelAdapter, batch: EncodedBatch) -> Any:

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from experiments.walk import FloatWalk
+from experiments.walk import FloatWalk, float_weight
 from masq.calibration.replay import ReplayBatch, collect
 from masq.calibration.statistics import GroupStatistics, TokenSample
 from masq.config import RunConfig
@@ -39,6 +40,8 @@ TOKENS = 256
 
 def _quantized(rows: torch.Tensor, weights: list[torch.Tensor], factor: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """Outputs [n, sum of O] of the linears of a group, input and weight quantized after smoothing with ``factor``."""
+    assert scheme.activation is not None
+    assert scheme.weight is not None
     x = fake_quantize(rows / factor, scheme.activation)
     return torch.cat([F.linear(x, fake_quantize(weight * factor, scheme.weight)) for weight in weights], dim=1)
 
@@ -78,12 +81,12 @@ def group_ranges(stats: GroupStatistics) -> dict[str, dict[str, float]]:
 
 @torch.no_grad()
 def measure_block(
-    block: BlockAdapter, hidden: list[torch.Tensor], replay: list[ReplayBatch], sample: TokenSample
+    block: BlockAdapter, hidden: Sequence[torch.Tensor], replay: list[ReplayBatch], sample: TokenSample
 ) -> dict[str, Any]:
     """Ranges and costs of every group of one block."""
     found = {}
     for group, stats in collect(block, hidden, replay, sample=sample).items():
-        weights = [block.linear(Role(role)).weight.float() for role in GROUPS[group]]  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        weights = [float_weight(block, Role(role)) for role in GROUPS[group]]
         found[group] = {
             "ranges": group_ranges(stats),
             "sqnr": {name: group_costs(stats, weights, Scheme.preset(name)) for name in SCHEMES},

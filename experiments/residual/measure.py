@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from experiments.walk import FloatWalk
+from experiments.walk import FloatWalk, float_weight
 from masq.calibration.replay import ReplayBatch, collect
 from masq.calibration.statistics import GroupStatistics
 from masq.compensation.low_rank import scaled_covariance
@@ -93,13 +94,13 @@ def measure_linear(
 
 @torch.no_grad()
 def measure_block(
-    block: BlockAdapter, hidden: list[torch.Tensor], replay: list[ReplayBatch], scheme: Scheme
+    block: BlockAdapter, hidden: Sequence[torch.Tensor], replay: list[ReplayBatch], scheme: Scheme
 ) -> dict[str, Any]:
     """Every corrected linear of one block."""
     found = {}
     for group, stats in collect(block, hidden, replay, groups=CORRECTED, second_moment=CORRECTED).items():
-        roles = [Role(role) for role in GROUPS[group]]  # pyright: ignore[reportCallIssue, reportArgumentType]
-        weights = {role: block.linear(role).weight.float() for role in roles}
+        roles = [Role(role) for role in GROUPS[group]]
+        weights = {role: float_weight(block, role) for role in roles}
         factors = modality_factors(stats, list(weights.values()), ALPHA)
         assert scheme.weight is not None
         for role, weight in weights.items():
