@@ -18,6 +18,7 @@ from masq.errors import NumericalError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from typing import TypeAlias
 
     from masq.numerics.packing import PackedWeight
     from masq.numerics.scheme import LinearFormat, TensorFormat
@@ -64,15 +65,51 @@ class PreparedWeight:
 
 @dataclass(frozen=True, eq=False)
 class RowSmoothing:
-    """Run-time smoothing: row i is multiplied by ``inverse[rows[i]]``.
+    """Run-time smoothing: row i becomes ``(x_i - centre[centre_rows[i]]) * inverse[rows[i]]``, in float32.
 
     Attributes:
-        inverse: 1 / s, float32 [U, I], contiguous.
+        inverse: 1 / s, float32 [U, I], contiguous; None where nothing is multiplied.
         rows: int64 [N], None where all rows share ``inverse[0]``.
+        centre: c, bfloat16 [C, I], contiguous; None where nothing is subtracted.
+        centre_rows: int64 [N], None where all rows share ``centre[0]``.
     """
 
-    inverse: torch.Tensor
+    inverse: torch.Tensor | None
     rows: torch.Tensor | None
+    centre: torch.Tensor | None = None
+    centre_rows: torch.Tensor | None = None
+
+    def apply(self, x: torch.Tensor, take: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows [N, I], or those that ``take`` (int64 [n]) names, in float32."""
+        smoothed = (x if take is None else x[take]).float()
+        centre, inverse = _of_rows(self.centre, self.centre_rows, take), _of_rows(self.inverse, self.rows, take)
+        if centre is not None:
+            smoothed = smoothed - centre.float()
+        return smoothed if inverse is None else smoothed * inverse
+
+    def without_centre(self, x: torch.Tensor) -> tuple[torch.Tensor, RowSmoothing | None]:
+        """Rows less their centres in float32 and what is left of smoothing, for kernels that subtract none."""
+        if self.centre is None:
+            return x, self
+        rest = None if self.inverse is None else RowSmoothing(self.inverse, self.rows)
+        return RowSmoothing(None, None, self.centre, self.centre_rows).apply(x), rest
+
+
+@dataclass(frozen=True, eq=False)
+class RowBias:
+    """A bias by row: ``values[rows[i]]`` is added to row i.
+
+    Attributes:
+        values: float32 [C, O], contiguous.
+        rows: int64 [N].
+    """
+
+    values: torch.Tensor
+    rows: torch.Tensor
+
+    def add(self, y_no: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What is added to float32 [N, O], in place, rounded once to ``dtype``."""
+        return y_no.add_(self.values[self.rows]).to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +170,9 @@ class QuantizedActivation:
     num_rows: int
 
 
+Bias: TypeAlias = "torch.Tensor | RowBias | None"
+
+
 class Kernel(ABC):
     """Arithmetic of quantized linears on one kind of machine.
 
@@ -163,7 +203,7 @@ class Kernel(ABC):
     def quantize(
         self, x: torch.Tensor, activation: TensorFormat | None, smoothing: RowSmoothing | None
     ) -> QuantizedActivation:
-        """Smooth rows and round them to integer codes in one pass, as ``masq.numerics.affine.quantize`` does.
+        """Centre, smooth and round rows to integer codes in one pass, as ``masq.numerics.affine.quantize`` does.
 
         Args:
             x: [N, I], float32 or bfloat16 or float16, contiguous; N may be 0.
@@ -182,10 +222,7 @@ class Kernel(ABC):
         Returns:
             [n, I] in the dtype of ``x``, rounded once.
         """
-        if smoothing is None:
-            return x[rows]
-        which = 0 if smoothing.rows is None else smoothing.rows[rows]
-        return (x[rows].float() * smoothing.inverse[which]).to(x.dtype)
+        return x[rows] if smoothing is None else smoothing.apply(x, rows).to(x.dtype)
 
     def prepare_factors(
         self, rights: Sequence[torch.Tensor | None], sizes: Sequence[int], activation: TensorFormat | None
@@ -209,7 +246,7 @@ class Kernel(ABC):
         activation: QuantizedActivation,
         prepared: PreparedWeight,
         *,
-        bias: torch.Tensor | None,
+        bias: Bias,
         addend: RowAddend | None,
         dtype: torch.dtype,
         low_rank: Sequence[LowRank] = (),
@@ -219,11 +256,17 @@ class Kernel(ABC):
         Args:
             activation: of ``quantize`` of this kernel.
             prepared: of ``prepare`` of this kernel.
-            bias: [O], float32, or None.
+            bias: [O], float32, or by row, or None.
             addend: None for none.
             dtype: float32, bfloat16 or float16.
             low_rank: corrections whose factors this kernel has prepared, in float32 like an addend.
         """
+
+
+def _of_rows(values: torch.Tensor | None, which: torch.Tensor | None, take: torch.Tensor | None) -> torch.Tensor | None:
+    if values is None or which is None:
+        return None if values is None else values[:1]
+    return values[which if take is None else which[take]]
 
 
 def places(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -239,13 +282,19 @@ def check_rows(x: torch.Tensor, smoothing: RowSmoothing | None) -> None:
     Raises:
         NumericalError: rows or factors of another dtype, shape or layout.
     """
-    inverse = None if smoothing is None else smoothing.inverse
+    inverse, centre = (None, None) if smoothing is None else (smoothing.inverse, smoothing.centre)
     wrong = x.dim() != 2 or not x.is_contiguous() or x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
     if inverse is not None:
         wrong |= inverse.dtype != torch.float32 or inverse.shape[1:] != x.shape[1:] or not inverse.is_contiguous()
+    if centre is not None:
+        wrong |= centre.dtype != torch.bfloat16 or centre.shape[1:] != x.shape[1:] or not centre.is_contiguous()
     if wrong:
         raise NumericalError(
             "rows must be a contiguous matrix in float32, bfloat16 or float16, with smoothing vectors of their length",
-            value=f"{x.dtype} {tuple(x.shape)}, smoothing {None if inverse is None else tuple(inverse.shape)}",
-            remedy="call contiguous(), and pass float32 factors",
+            value=f"{x.dtype} {tuple(x.shape)}, smoothing {_shape(inverse)}, centres {_shape(centre)}",
+            remedy="call contiguous(), and pass float32 factors and bfloat16 centres",
         )
+
+
+def _shape(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)

@@ -17,6 +17,7 @@ from torch.nn import functional
 from masq.kernels import factors as low_rank_factors
 from masq.kernels import w4a16
 from masq.kernels.base import (
+    Bias,
     Kernel,
     LinearSpec,
     LowRank,
@@ -24,6 +25,7 @@ from masq.kernels.base import (
     PreparedWeight,
     QuantizedActivation,
     RowAddend,
+    RowBias,
     RowSmoothing,
     check_rows,
     places,
@@ -132,10 +134,8 @@ class CpuKernel(Kernel):
         num_rows, num_inner = x.shape
         codes = torch.empty(_code_bytes(num_rows, num_inner), dtype=torch.int8)
         scale = torch.empty(num_rows, 1)
-        inverse = None if smoothing is None else smoothing.inverse
-        rows = None if smoothing is None else smoothing.rows
         _functions().masq_quantize(
-            *(x.data_ptr(), _DTYPES[x.dtype], _pointer(inverse), _pointer(rows), num_rows, num_inner),
+            *(x.data_ptr(), _DTYPES[x.dtype], *_smoothing_pointers(smoothing), num_rows, num_inner),
             *(activation.qmax, codes.data_ptr(), scale.data_ptr(), self.isa, torch.get_num_threads()),
         )
         return QuantizedActivation(codes, scale, num_rows)
@@ -147,10 +147,10 @@ class CpuKernel(Kernel):
         return self._smooth(x, rows, smoothing)
 
     def _smooth(self, x: torch.Tensor, take: torch.Tensor | None, smoothing: RowSmoothing) -> torch.Tensor:
-        """Rows [N, I], or those that ``take`` names, times their factors, rounded to their own dtype."""
+        """Rows [N, I], or those that ``take`` names, centred and smoothed, rounded to their own dtype."""
         rows = x.new_empty(len(x) if take is None else len(take), x.shape[1])
         _functions().masq_smooth(
-            *(x.data_ptr(), _DTYPES[x.dtype], smoothing.inverse.data_ptr(), _pointer(smoothing.rows), _pointer(take)),
+            *(x.data_ptr(), _DTYPES[x.dtype], *_smoothing_pointers(smoothing), _pointer(take)),
             *(*rows.shape, rows.data_ptr(), torch.get_num_threads()),
         )
         return rows
@@ -172,7 +172,7 @@ class CpuKernel(Kernel):
         activation: QuantizedActivation,
         prepared: PreparedWeight,
         *,
-        bias: torch.Tensor | None,
+        bias: Bias,
         addend: RowAddend | None,
         dtype: torch.dtype,
         low_rank: Sequence[LowRank] = (),
@@ -181,8 +181,9 @@ class CpuKernel(Kernel):
         num_rows = activation.num_rows
         y_no = torch.empty(num_rows, prepared.out_features, dtype=dtype)
         added = _Addend(addend, num_rows)
+        biases, which = (bias.values, bias.rows) if isinstance(bias, RowBias) else (bias, None)
         rest = [
-            *(_pointer(bias), *added.arguments, y_no.data_ptr(), _DTYPES[dtype]),
+            *(_pointer(biases), _pointer(which), *added.arguments, y_no.data_ptr(), _DTYPES[dtype]),
             *(num_rows, prepared.out_features, prepared.in_features),
         ]
         where = (self.isa, torch.get_num_threads())
@@ -214,12 +215,12 @@ def _functions() -> Any:
     found = library()
     found.masq_best_isa.restype = _INT
     found.masq_quantize.argtypes = [
-        *(_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER, _POINTER, _INT, _INT)
+        *(_POINTER, _INT, *[_POINTER] * 4, _LONG, _LONG, _INT, _POINTER, _POINTER, _INT, _INT)
     ]
-    rest = [*[_POINTER] * 4, _INT, _INT, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT]
+    rest = [*[_POINTER] * 5, _INT, _INT, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT]
     found.masq_gemm.argtypes = [*[_POINTER] * 5, *rest, _POINTER, _INT]
     found.masq_gemm_w4a16.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG, *rest]
-    found.masq_smooth.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _INT]
+    found.masq_smooth.argtypes = [_POINTER, _INT, *[_POINTER] * 5, _LONG, _LONG, _POINTER, _INT]
     for name in ("masq_quantize", "masq_smooth", "masq_gemm", "masq_gemm_w4a16"):
         getattr(found, name).restype = None
     return found
@@ -242,6 +243,13 @@ class _Addend:
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _smoothing_pointers(smoothing: RowSmoothing | None) -> tuple[int | None, ...]:
+    if smoothing is None:
+        return None, None, None, None
+    given = (smoothing.inverse, smoothing.rows, smoothing.centre, smoothing.centre_rows)
+    return tuple(map(_pointer, given))
 
 
 def _code_bytes(num_rows: int, num_inner: int) -> int:

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from masq.kernels.base import Kernel, LinearSpec, LowRank, PreparedWeight, QuantizedActivation, RowAddend, RowSmoothing
+from masq.kernels.base import (
+    Bias,
+    Kernel,
+    LinearSpec,
+    LowRank,
+    PreparedWeight,
+    QuantizedActivation,
+    RowAddend,
+    RowBias,
+    RowSmoothing,
+)
 from masq.numerics.affine import quantize
 from masq.numerics.integer_gemm import scaled_matmul
 from masq.numerics.packing import PackedWeight, unpack
@@ -19,17 +29,16 @@ if TYPE_CHECKING:
 
 
 def smooth(x: torch.Tensor, smoothing: RowSmoothing | None) -> torch.Tensor:
-    """Rows [N, I] times their inverse factors, float32."""
-    if smoothing is None:
-        return x.float()
-    factors = smoothing.inverse if smoothing.rows is None else smoothing.inverse[smoothing.rows]
-    return x.float() * factors
+    """Rows [N, I], centred and smoothed, float32."""
+    return x.float() if smoothing is None else smoothing.apply(x)
 
 
-def finish(y_no: torch.Tensor, bias: torch.Tensor | None, addend: RowAddend | None, dtype: torch.dtype) -> torch.Tensor:
+def finish(y_no: torch.Tensor, bias: Bias, addend: RowAddend | None, dtype: torch.dtype) -> torch.Tensor:
     """Add what comes after the product to float32 [N, O], in place, and round once to ``dtype``."""
     if addend is not None:
         y_no[addend.rows] += torch.cat(addend.values, dim=1).float()
+    if isinstance(bias, RowBias):
+        return bias.add(y_no, dtype)
     if bias is not None:
         y_no += bias
     return y_no.to(dtype)
@@ -76,7 +85,7 @@ class ReferenceKernel(Kernel):
         activation: QuantizedActivation,
         prepared: PreparedWeight,
         *,
-        bias: torch.Tensor | None,
+        bias: Bias,
         addend: RowAddend | None,
         dtype: torch.dtype,
         low_rank: Sequence[LowRank] = (),

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from masq.kernels.base import Kernel, LinearSpec, LowRank, PreparedWeight, QuantizedActivation, RowAddend, RowSmoothing
+from masq.kernels.base import (
+    Bias,
+    Kernel,
+    LinearSpec,
+    LowRank,
+    PreparedWeight,
+    QuantizedActivation,
+    RowAddend,
+    RowSmoothing,
+)
 from masq.kernels.reference import finish, smooth
 from masq.numerics.affine import QuantizedTensor, quantize
 from masq.numerics.integer_gemm import MAX_INNER, float_matmul, integer_matmul
@@ -98,7 +107,7 @@ class TorchKernel(Kernel):
         activation: QuantizedActivation,
         prepared: PreparedWeight,
         *,
-        bias: torch.Tensor | None,
+        bias: Bias,
         addend: RowAddend | None,
         dtype: torch.dtype,
         low_rank: Sequence[LowRank] = (),

@@ -41,8 +41,3 @@ class Centres:
         centre = torch.stack([centres[modality] for modality in order])
         rows = torch.tensor([order.index(modality) for modality in which], device=centre.device)
         return cls(centre, rows, torch.stack([biases[modality] for modality in order]))
-
-
-def without_centre(rows_ni: torch.Tensor, centre_ni: torch.Tensor) -> torch.Tensor:
-    """Rows [N, I] less their centres [N, I] or [1, I], in the dtype of the rows and rounded once."""
-    return (rows_ni.float() - centre_ni.float()).to(rows_ni.dtype)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from masq.errors import ModelError
 from masq.models.base import Modality
-from masq.modules.centres import Centres, without_centre
+from masq.modules.centres import Centres
 from masq.numerics.affine import QuantizedTensor, quantize
 from masq.numerics.hadamard import rotate
 from masq.numerics.integer_gemm import scaled_matmul
@@ -118,7 +118,8 @@ class QuantLinear(nn.Module):
             assert self.centre_rows is not None
             # Padding rows (-1) take the centre of text; their output is never read.
             own = self.centre_rows[modality.clamp(min=0).long()]
-            rows_ni, bias = without_centre(rows_ni, self.centre[own]), self.bias[own] if self.bias is not None else None
+            rows_ni = rows_ni.float() - self.centre[own].float()
+            bias = None if self.bias is None else self.bias[own]
         rows_ni = rows_ni.float()
         if self.inverse_smoothing is not None:
             rows_ni = rows_ni * self._inverse_factors(modality)

@@ -13,15 +13,16 @@ import torch
 
 from masq.kernels import select
 from masq.kernels.base import (
+    Bias,
     Kernel,
     LinearSpec,
     LowRank,
     PreparedFactors,
     PreparedWeight,
     RowAddend,
+    RowBias,
     RowSmoothing,
 )
-from masq.modules.centres import without_centre
 from masq.numerics.low_rank import Factors, project
 from masq.numerics.packing import PackedWeight, concatenate, split
 from masq.numerics.scheme import LinearFormat
@@ -106,41 +107,29 @@ class Stack:
         first = self.members[0]
         context = first.context
         context.current(batch, tokens)
-        rows_ni, bias, biases = self._centred(held, x.reshape(-1, first.in_features), context)
-        rows_ni = rows_ni.contiguous()
+        rows_ni = x.reshape(-1, first.in_features).contiguous()
         smoothing = self._smoothing(context)
         activation = held.kernel.quantize(rows_ni, first.activation, smoothing)
         low_rank, addend = self._corrections(held, rows_ni, smoothing, context)
-        # Biases of rows are added in float32: a bias of centres may be larger than what is left of the output.
-        dtype = x.dtype if biases is None else torch.float32
-        y_no = held.kernel.gemm(activation, held.weight, bias=bias, addend=addend, dtype=dtype, low_rank=low_rank)
-        if biases is not None:
-            y_no = (y_no + biases).to(x.dtype)
+        bias = self._bias_of(held, context)
+        y_no = held.kernel.gemm(activation, held.weight, bias=bias, addend=addend, dtype=x.dtype, low_rank=low_rank)
         return y_no.view(batch, tokens, -1)
 
-    def _centred(
-        self, held: _Prepared, rows_ni: torch.Tensor, context: ModalityContext
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Rows less their centres, the bias of all of them, and biases [N, sum of O] where it differs by row."""
-        first = self.members[0]
-        if first.centre is None:
-            return rows_ni, held.bias, None
-        assert held.bias is not None
-        if context.text_only:
-            return without_centre(rows_ni, first.centre[:1]), held.bias[0], None
-        assert first.centre_rows is not None
-        own = first.centre_rows[context.indices]
-        return without_centre(rows_ni, first.centre[own]), None, held.bias[own]
-
     def _smoothing(self, context: ModalityContext) -> RowSmoothing | None:
-        """The factors of every row; one for all where there is but one or every token is text."""
+        """Centres and factors of every row; one for all where there is but one or every token is text."""
         first = self.members[0]
-        if first.inverse_smoothing is None:
+        if first.inverse_smoothing is None and first.centre is None:
             return None
-        if len(first.inverse_smoothing) == 1 or context.text_only:
-            return RowSmoothing(first.inverse_smoothing[:1], None)
-        assert first.smoothing_rows is not None
-        return RowSmoothing(first.inverse_smoothing, first.smoothing_rows[context.indices])
+        inverse, rows = _by_row(first.inverse_smoothing, first.smoothing_rows, context)
+        return RowSmoothing(inverse, rows, *_by_row(first.centre, first.centre_rows, context))
+
+    def _bias_of(self, held: _Prepared, context: ModalityContext) -> Bias:
+        """One for all rows where nothing is centred or every token is text, else by row."""
+        if held.bias is None or held.bias.dim() == 1:
+            return held.bias
+        values, rows = _by_row(held.bias, self.members[0].centre_rows, context)
+        assert values is not None
+        return values[0] if rows is None else RowBias(values, rows)
 
     def _corrections(
         self, held: _Prepared, rows_ni: torch.Tensor, smoothing: RowSmoothing | None, context: ModalityContext
@@ -286,6 +275,16 @@ class Stack:
         sized = zip(biases, self.sizes, strict=True)
         parts = [like.new_zeros(size).float() if bias is None else bias.float() for bias, size in sized]
         return torch.cat(parts, dim=-1)
+
+
+def _by_row(
+    values: torch.Tensor | None, of_modality: torch.Tensor | None, context: ModalityContext
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Vectors and which of them every row takes; the first, that of text, alone where all rows take it."""
+    if values is None or len(values) == 1 or context.text_only:
+        return None if values is None else values[:1], None
+    assert of_modality is not None
+    return values, of_modality[context.indices]
 
 
 def stack(layers: Sequence[PackedLinear]) -> None:

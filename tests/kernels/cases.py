@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from masq.kernels.base import Kernel, RowAddend, RowSmoothing
+from masq.kernels.base import Bias, Kernel, RowAddend, RowBias, RowSmoothing
 from masq.kernels.reference import ReferenceKernel
 from masq.numerics.affine import quantize
 from masq.numerics.packing import PackedWeight, pack
@@ -46,6 +46,19 @@ def smoothing(count: int, inner: int, vectors: int, seed: int = 2) -> RowSmoothi
     return RowSmoothing(inverse, torch.randint(0, vectors, (count,), generator=generator) if vectors > 1 else None)
 
 
+def centring(count: int, inner: int, smooth: RowSmoothing | None = None, seed: int = 5) -> RowSmoothing:
+    """Two centres by row, before the factors of ``smooth``."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.randn(2, inner, generator=generator).bfloat16()
+    inverse, which = (None, None) if smooth is None else (smooth.inverse, smooth.rows)
+    return RowSmoothing(inverse, which, centre, torch.randint(0, 2, (count,), generator=generator))
+
+
+def row_bias(count: int, out: int, seed: int = 6) -> RowBias:
+    generator = torch.Generator().manual_seed(seed)
+    return RowBias(torch.randn(2, out, generator=generator), torch.randint(0, 2, (count,), generator=generator))
+
+
 def addend(count: int, out: int, share: float, dtype: torch.dtype, seed: int = 3) -> RowAddend:
     """In two parts that meet within a vector of sixteen, where there are so many outputs."""
     generator = torch.Generator().manual_seed(seed)
@@ -62,7 +75,7 @@ def run(
     activation: TensorFormat | None,
     *,
     smooth: RowSmoothing | None = None,
-    bias: torch.Tensor | None = None,
+    bias: Bias = None,
     add: RowAddend | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
@@ -92,6 +105,8 @@ def check_equals_reference(run_kernel: Callable[..., torch.Tensor], shape: tuple
         "bias": torch.randn(out, generator=torch.Generator().manual_seed(4)),
         "add": addend(count, out, 0.6, torch.bfloat16),
     }
+    if inner % 2:
+        more |= {"smooth": centring(count, inner, more["smooth"]), "bias": row_bias(count, out)}
     for given in ({}, more):
         for output in (torch.float32, dtype):
             found = run_kernel(x, packed, activation, dtype=output, **given)

@@ -12,14 +12,16 @@
 extern "C" {
 int masq_best_isa();
 int64_t masq_code_bytes(int64_t, int64_t);
-void masq_quantize(const void*, int, const float*, const int64_t*, int64_t, int64_t, int, int8_t*, float*, int, int);
-void masq_smooth(const void*, int, const float*, const int64_t*, const int64_t*, int64_t, int64_t, void*, int);
-void masq_gemm(const int8_t*, const float*, const uint8_t*, const float*, const int32_t*, const float*, const int32_t*,
-               const void* const*, const int64_t*, int, int, void*, int, int64_t, int64_t, int64_t, int, int, int,
+void masq_quantize(const void*, int, const float*, const int64_t*, const uint16_t*, const int64_t*, int64_t, int64_t, int,
+                   int8_t*, float*, int, int);
+void masq_smooth(const void*, int, const float*, const int64_t*, const uint16_t*, const int64_t*, const int64_t*, int64_t,
+                 int64_t, void*, int);
+void masq_gemm(const int8_t*, const float*, const uint8_t*, const float*, const int32_t*, const float*, const int64_t*,
+               const int32_t*, const void* const*, const int64_t*, int, int, void*, int, int64_t, int64_t, int64_t, int, int, int,
                const void*, int);
 void masq_gemm_w4a16(const void*, int, const uint32_t*, const float*, const uint8_t*, int64_t, int64_t, const float*,
-                     const int32_t*, const void* const*, const int64_t*, int, int, void*, int, int64_t, int64_t,
-                     int64_t, int, int, int);
+                     const int64_t*, const int32_t*, const void* const*, const int64_t*, int, int, void*, int, int64_t,
+                     int64_t, int64_t, int, int, int);
 }
 
 static uint32_t state = 1;
@@ -55,7 +57,8 @@ static void corrected(const int8_t* codes, const float* scale, const uint8_t* w,
   const int32_t columns[2] = {0, (int32_t)rank}, firsts[2] = {0, (int32_t)slices};
   LowRank low{u, rows, count, rank, tiles, starts, part_of, columns, firsts, 1};
   float* y = exactly<float>(m * n);
-  masq_gemm(codes, scale, w, w_scale, offset, nullptr, nullptr, nullptr, nullptr, 0, 0, y, 0, m, n, k, four, 3, threads, &low, 1);
+  masq_gemm(codes, scale, w, w_scale, offset, nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0, y, 0, m, n, k, four, 3, threads,
+            &low, 1);
   free(u), free(tiles), free(rows), free(starts), free(part_of), free(y);
 }
 
@@ -63,15 +66,17 @@ static int integers(int64_t m, int64_t n, int64_t k, int four, int dtype) {
   int64_t blocks = (k + 63) / 64, panels = (n + 31) / 32, bytes = panels * blocks * 1024 * (four ? 1 : 2);
   uint8_t* w = exactly<uint8_t>(bytes);
   for (int64_t i = 0; i < bytes; ++i) w[i] = (uint8_t)(next() >> 24);
-  float *w_scale = exactly<float>(n), *bias = exactly<float>(n), *inverse = exactly<float>(2 * k);
+  float *w_scale = exactly<float>(n), *bias = exactly<float>(2 * n), *inverse = exactly<float>(2 * k);
+  uint16_t* centre = exactly<uint16_t>(2 * k);
   int32_t* offset = exactly<int32_t>(panels * 32);
   int64_t* which = exactly<int64_t>(m);
   int32_t* places = exactly<int32_t>(m);
   const int64_t first = n / 3, starts[3] = {0, first, n};
   uint16_t *left = exactly<uint16_t>(m * first), *right = exactly<uint16_t>(m * (n - first));
   const void* parts[2] = {left, right};
-  for (int64_t i = 0; i < n; ++i) w_scale[i] = bias[i] = real();
-  for (int64_t i = 0; i < 2 * k; ++i) inverse[i] = real() + 1.5f;
+  for (int64_t i = 0; i < n; ++i) w_scale[i] = real();
+  for (int64_t i = 0; i < 2 * n; ++i) bias[i] = real();
+  for (int64_t i = 0; i < 2 * k; ++i) inverse[i] = real() + 1.5f, centre[i] = (uint16_t)(0x3f00 + (next() >> 25));
   for (int64_t i = 0; i < m; ++i) which[i] = i % 2, places[i] = i % 3 ? (int32_t)i : -1;
   for (int64_t i = 0; i < m * first; ++i) left[i] = (uint16_t)(0x3f00 + (next() >> 25));
   for (int64_t i = 0; i < m * (n - first); ++i) right[i] = (uint16_t)(0x3f00 + (next() >> 25));
@@ -99,10 +104,10 @@ static int integers(int64_t m, int64_t n, int64_t k, int four, int dtype) {
       int8_t* codes = exactly<int8_t>(masq_code_bytes(m, k));
       float *scale = exactly<float>(m), *y = exactly<float>(m * n);
       uint16_t* half = exactly<uint16_t>(m * n);
-      masq_quantize(x, dtype, inverse, which, m, k, 7, codes, scale, isa, threads);
-      masq_gemm(codes, scale, w, w_scale, offset, bias, places, parts, starts, 2, 1, y, 0, m, n, k, four, isa, threads,
+      masq_quantize(x, dtype, inverse, which, centre, which, m, k, 7, codes, scale, isa, threads);
+      masq_gemm(codes, scale, w, w_scale, offset, bias, which, places, parts, starts, 2, 1, y, 0, m, n, k, four, isa, threads,
                 nullptr, 0);
-      masq_gemm(codes, scale, w, w_scale, offset, nullptr, nullptr, nullptr, nullptr, 0, 0, half, 2, m, n, k, four, isa,
+      masq_gemm(codes, scale, w, w_scale, offset, nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0, half, 2, m, n, k, four, isa,
                 threads, nullptr, 0);
       if (isa >= 3) corrected(codes, scale, w, w_scale, offset, m, n, k, four, threads);
       if (wanted && memcmp(wanted, y, m * n * sizeof(float))) bad = 1;
@@ -110,7 +115,7 @@ static int integers(int64_t m, int64_t n, int64_t k, int four, int dtype) {
       else free(y);
       free(codes), free(scale), free(half);
     }
-  free(wanted), free(x), free(w), free(w_scale), free(bias), free(inverse), free(offset), free(which), free(places), free(left), free(right);
+  free(wanted), free(x), free(w), free(w_scale), free(bias), free(inverse), free(centre), free(offset), free(which), free(places), free(left), free(right);
   if (bad) printf("integers differ at %ld x %ld x %ld, %d\n", (long)m, (long)n, (long)k, four);
   return bad;
 }
@@ -124,20 +129,21 @@ static int floats(int64_t m, int64_t n, int64_t k, int64_t group, int dtype) {
   for (int64_t i = 0; i < strips * groups * 16; ++i) scale[i] = real(), zero[i] = (uint8_t)(next() >> 28);
   uint16_t *x = exactly<uint16_t>(m * k), *smoothed = exactly<uint16_t>(m * k);
   float* inverse = exactly<float>(k);
-  for (int64_t i = 0; i < k; ++i) inverse[i] = 0.5f;
+  uint16_t* centre = exactly<uint16_t>(k);
+  for (int64_t i = 0; i < k; ++i) inverse[i] = 0.5f, centre[i] = 0x3c00;
   for (int64_t i = 0; i < m * k; ++i) x[i] = (uint16_t)(0x3c00 + (next() >> 24));
   float* y = exactly<float>(m * n);
   const int64_t last = m - 1;
   int bad = 0;
   for (int isa = 2; isa <= masq_best_isa(); ++isa)
     for (int threads = 1; threads <= 2; ++threads) {
-      masq_smooth(x, dtype, inverse, nullptr, nullptr, m, k, smoothed, threads);
-      masq_smooth(x, dtype, inverse, nullptr, &last, 1, k, smoothed + (m - 1) * k, threads);
-      masq_gemm_w4a16(smoothed, dtype, w, scale, zero, group ? group : slices * 32, groups, nullptr, nullptr, nullptr, nullptr, 0,
-                      0, y, 0, m, n, k, 0, isa, threads);
+      masq_smooth(x, dtype, inverse, nullptr, nullptr, nullptr, nullptr, m, k, smoothed, threads);
+      masq_smooth(x, dtype, inverse, nullptr, centre, nullptr, &last, 1, k, smoothed + (m - 1) * k, threads);
+      masq_gemm_w4a16(smoothed, dtype, w, scale, zero, group ? group : slices * 32, groups, nullptr, nullptr, nullptr, nullptr,
+                      nullptr, 0, 0, y, 0, m, n, k, 0, isa, threads);
       for (int64_t i = 0; i < m * n; ++i) bad |= !isfinite(y[i]);
     }
-  free(w), free(scale), free(zero), free(x), free(smoothed), free(inverse), free(y);
+  free(w), free(scale), free(zero), free(x), free(smoothed), free(inverse), free(centre), free(y);
   return bad;
 }
 

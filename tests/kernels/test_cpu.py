@@ -78,6 +78,16 @@ def test_sums_of_extremes_do_not_overflow(kernel, count, bits):
     assert found[0, 2] == 0
 
 
+def smoothed(x, smooth):
+    """Float32 rows, each step written out."""
+    rows = x.float()
+    if smooth is not None and smooth.centre is not None:
+        rows = rows - smooth.centre[smooth.centre_rows].float()
+    if smooth is not None and smooth.inverse is not None:
+        rows = rows * smooth.inverse[0 if smooth.rows is None else smooth.rows]
+    return rows
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [8, 6, 4])
 def test_codes_are_those_of_the_quantizer(kernel, dtype, bits):
@@ -90,15 +100,24 @@ def test_codes_are_those_of_the_quantizer(kernel, dtype, bits):
     x = torch.cat([x, cases.rows(400, inner, torch.float32, seed=bits)]).to(dtype)
     if dtype == torch.float16:
         x = x[x.isfinite().all(1)]
-    for smooth in (None, cases.smoothing(len(x), inner, 1), cases.smoothing(len(x), inner, 4)):
-        factors = 1 if smooth is None else smooth.inverse[0 if smooth.rows is None else smooth.rows]
-        wanted = quantize(x.float() * factors, fmt)
+    one, four = (cases.smoothing(len(x), inner, vectors) for vectors in (1, 4))
+    for smooth in (None, one, four, cases.centring(len(x), inner), cases.centring(len(x), inner, four)):
+        wanted = quantize(smoothed(x, smooth), fmt)
         found = kernel.quantize(x, fmt, smooth)
         assert torch.equal(found.scale, wanted.scale)
         identity = pack(quantize(torch.eye(inner), TensorFormat(8)))
         codes = kernel.gemm(found, kernel.prepare(identity, fmt), bias=None, addend=None, dtype=torch.float32)
         # Codes times 127 times the scale of the row and 1/127.
         assert torch.equal(torch.round(codes / found.scale).to(torch.int8), wanted.codes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_some_rows_smoothed(kernel, dtype):
+    """What a correction reads, in any order and with rows twice, rounded once."""
+    x, take = cases.rows(19, 77, dtype), torch.tensor([18, 0, 7, 7])
+    one, three = (cases.smoothing(19, 77, vectors) for vectors in (1, 3))
+    for smooth in (None, one, three, cases.centring(19, 77), cases.centring(19, 77, one)):
+        assert torch.equal(kernel.smooth(x, take, smooth), smoothed(x, smooth)[take].to(dtype))
 
 
 def test_numbers_that_are_none_stay_so(kernel):

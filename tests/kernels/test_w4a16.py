@@ -167,6 +167,9 @@ def test_smoothed_rows_keep_their_dtype(kernel, dtype, vectors, num_inputs):
     assert found.num_rows == 19
     assert found.data.dtype == dtype
     assert torch.equal(found.data, (x.float() * factors).to(dtype))
+    centred = cases.centring(19, num_inputs, smoothing)
+    rows = (x.float() - centred.centre[centred.centre_rows].float()) * factors
+    assert torch.equal(kernel.quantize(x, None, centred).data, rows.to(dtype))
     assert torch.equal(kernel.quantize(x, None, RowSmoothing(torch.ones(1, num_inputs), None)).data, x)
 
 

@@ -16,6 +16,14 @@ struct Addend {
   int parts, dtype;
 };
 
+// One for all rows, or several [C, n] and by row which.
+struct Bias {
+  const float* values;   // or null
+  const int64_t* which;  // or null for the first
+
+  const float* of(int64_t row, int64_t n) const { return values ? values + (which ? which[row] : 0) * n : nullptr; }
+};
+
 enum Isa { kScalar = 0, kAvx2 = 1, kVnni = 2, kBf16 = 3, kAmx = 4 };
 enum Dtype { kFloat = 0, kBfloat = 1, kHalf = 2 };
 

@@ -50,7 +50,7 @@ struct Product {
   const uint8_t* w;
   const float* w_scale;
   const int32_t* offset;  // 128 times the sum of a column's codes, as they are multiplied.
-  const float* bias;      // or null
+  Bias bias;
   Addend addend;
   void* out;
   int out_dtype;
@@ -70,14 +70,19 @@ struct Product {
 struct Rows {
   const void* x;
   int dtype;
-  const float* inverse;   // [U, K] or null
-  const int64_t* which;   // [M], row of inverse, or null for the first
+  const float* inverse;         // [U, K] or null
+  const int64_t* which;         // [M], row of inverse, or null for the first
+  const uint16_t* centre;       // bfloat16 [C, K] or null
+  const int64_t* which_centre;  // [M], row of centre, or null for the first
   int64_t m, k;
   int qmax;
   int8_t* codes;
   float* scale;
 
   const float* factors(int64_t row) const { return inverse ? inverse + (which ? which[row] : 0) * k : nullptr; }
+  const uint16_t* taken(int64_t row) const {
+    return centre ? centre + (which_centre ? which_centre[row] : 0) * k : nullptr;
+  }
   int8_t* block(int64_t row, int64_t b) const {
     int64_t blocks = (k + kBlock - 1) / kBlock;
     return codes + ((row / kTileRows) * blocks + b) * kTileBytes + (row % kTileRows) * kBlock;
@@ -94,9 +99,11 @@ inline bool is_finite(float value) { return (float_to_bits(value) & 0x7f800000u)
 
 void quantize_row_scalar(const Rows& rows, int64_t row, float* smoothed) {
   const float* factors = rows.factors(row);
+  const uint16_t* centre = rows.taken(row);
   uint32_t largest = 0;
   for (int64_t j = 0; j < rows.k; ++j) {
     float value = load(rows.x, row * rows.k + j, rows.dtype);
+    if (centre) value -= load(centre, j, kBfloat);
     if (factors) value *= factors[j];
     smoothed[j] = value;
     uint32_t magnitude = float_to_bits(value) & 0x7fffffffu;
@@ -114,15 +121,18 @@ void quantize_row_scalar(const Rows& rows, int64_t row, float* smoothed) {
   }
 }
 
-// Smoothed values of a row in float32, padded with zeros to whole blocks; returns the bits of the largest magnitude.
-template <int DTYPE, int SMOOTH>
+// A row less its centre, times its factors, in float32, padded with zeros to whole blocks; returns the bits of the largest
+// magnitude.
+template <int DTYPE, int SMOOTH, int CENTRE>
 AVX512_TARGET uint32_t smooth_row_avx512(const Rows& rows, int64_t row, float* smoothed) {
   const float* factors = rows.factors(row);
+  const uint16_t* centre = rows.taken(row);
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   __m512i largest = _mm512_setzero_si512();
   const int64_t from = row * rows.k, whole = rows.k / 16 * 16;
   for (int64_t j = 0; j < whole; j += 16) {
     __m512 value = load16(rows.x, from + j, DTYPE, 0xffff);
+    if (CENTRE) value = _mm512_sub_ps(value, load16(centre, j, kBfloat, 0xffff));
     if (SMOOTH) value = _mm512_mul_ps(value, _mm512_loadu_ps(factors + j));
     _mm512_storeu_ps(smoothed + j, value);
     largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_castps_si512(value), magnitude));
@@ -130,6 +140,7 @@ AVX512_TARGET uint32_t smooth_row_avx512(const Rows& rows, int64_t row, float* s
   for (int64_t j = whole; j < (rows.k + kBlock - 1) / kBlock * kBlock; j += 16) {
     __mmask16 mask = j < rows.k ? (__mmask16)((1u << (rows.k - j)) - 1) : 0;
     __m512 value = load16(rows.x, from + j, DTYPE, mask);
+    if (CENTRE) value = _mm512_sub_ps(value, load16(centre, j, kBfloat, mask));
     if (SMOOTH) value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, factors + j));
     _mm512_storeu_ps(smoothed + j, value);
     largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_castps_si512(value), magnitude));
@@ -137,14 +148,19 @@ AVX512_TARGET uint32_t smooth_row_avx512(const Rows& rows, int64_t row, float* s
   return (uint32_t)_mm512_reduce_max_epi32(largest);
 }
 
+template <int DTYPE>
 AVX512_TARGET uint32_t smooth_row_avx512(const Rows& rows, int64_t row, float* smoothed) {
-  switch (rows.dtype * 2 + (rows.inverse != nullptr)) {
-    case 0: return smooth_row_avx512<kFloat, 0>(rows, row, smoothed);
-    case 1: return smooth_row_avx512<kFloat, 1>(rows, row, smoothed);
-    case 2: return smooth_row_avx512<kBfloat, 0>(rows, row, smoothed);
-    case 3: return smooth_row_avx512<kBfloat, 1>(rows, row, smoothed);
-    case 4: return smooth_row_avx512<kHalf, 0>(rows, row, smoothed);
-    default: return smooth_row_avx512<kHalf, 1>(rows, row, smoothed);
+  if (rows.centre && rows.inverse) return smooth_row_avx512<DTYPE, 1, 1>(rows, row, smoothed);
+  if (rows.centre) return smooth_row_avx512<DTYPE, 0, 1>(rows, row, smoothed);
+  if (rows.inverse) return smooth_row_avx512<DTYPE, 1, 0>(rows, row, smoothed);
+  return smooth_row_avx512<DTYPE, 0, 0>(rows, row, smoothed);
+}
+
+AVX512_TARGET uint32_t smooth_row_avx512(const Rows& rows, int64_t row, float* smoothed) {
+  switch (rows.dtype) {
+    case kFloat: return smooth_row_avx512<kFloat>(rows, row, smoothed);
+    case kBfloat: return smooth_row_avx512<kBfloat>(rows, row, smoothed);
+    default: return smooth_row_avx512<kHalf>(rows, row, smoothed);
   }
 }
 
@@ -544,12 +560,13 @@ void finish_scalar(const Product& p, int64_t column, int64_t first, int64_t rows
   int64_t width = p.n - column < kPanel ? p.n - column : kPanel;
   for (int64_t row = 0; row < rows; ++row) {
     int64_t m = first + row;
+    const float* bias = p.bias.of(m, p.n);
     for (int64_t j = 0; j < width; ++j) {
       int32_t sum = p.four_bits ? sums[row * kPanel + j] / 16 : sums[row * kPanel + j];
       float value = (float)sum * p.a_scale[m];
       value *= p.w_scale[column + j];
       if (p.addend.places && p.addend.places[m] >= 0) value += added(p.addend, p.addend.places[m], column + j);
-      if (p.bias) value += p.bias[column + j];
+      if (bias) value += bias[column + j];
       store(p.out, m * p.n + column + j, p.out_dtype, value);
     }
   }
@@ -561,9 +578,9 @@ AVX512_TARGET void finish_avx512(const Product& p, int64_t column, int64_t first
     int64_t width = p.n - column - j;
     __mmask16 mask = width >= 16 ? 0xffff : (__mmask16)((1u << width) - 1);
     __m512 scale = _mm512_maskz_loadu_ps(mask, p.w_scale + column + j);
-    __m512 bias = p.bias ? _mm512_maskz_loadu_ps(mask, p.bias + column + j) : _mm512_setzero_ps();
     for (int64_t row = 0; row < rows; ++row) {
       int64_t m = first + row;
+      const float* bias = p.bias.of(m, p.n);
       __m512i sum = _mm512_loadu_si512(sums + row * kPanel + j);
       if (p.four_bits) sum = _mm512_srai_epi32(sum, 4);
       __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(p.a_scale[m]));
@@ -571,7 +588,7 @@ AVX512_TARGET void finish_avx512(const Product& p, int64_t column, int64_t first
       if (any && any[row / kTileRows]) value = _mm512_add_ps(value, _mm512_loadu_ps(low + row * kPanel + j));
       if (p.addend.places && p.addend.places[m] >= 0)
         value = _mm512_add_ps(value, added16(p.addend, p.addend.places[m], column + j, mask));
-      if (p.bias) value = _mm512_add_ps(value, bias);
+      if (bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, bias + column + j));
       store16(p.out, m * p.n + column + j, p.out_dtype, mask, value);
     }
   }
@@ -646,23 +663,24 @@ int64_t masq_code_bytes(int64_t m, int64_t k) {
   return (m + kTileRows - 1) / kTileRows * ((k + kBlock - 1) / kBlock) * kTileBytes;
 }
 
-void masq_quantize(const void* x, int dtype, const float* inverse, const int64_t* which, int64_t m, int64_t k, int qmax,
-                   int8_t* codes, float* scale, int isa, int threads) {
-  quantize_rows(Rows{x, dtype, inverse, which, m, k, qmax, codes, scale}, isa, threads);
+void masq_quantize(const void* x, int dtype, const float* inverse, const int64_t* which, const uint16_t* centre,
+                   const int64_t* which_centre, int64_t m, int64_t k, int qmax, int8_t* codes, float* scale, int isa,
+                   int threads) {
+  quantize_rows(Rows{x, dtype, inverse, which, centre, which_centre, m, k, qmax, codes, scale}, isa, threads);
 }
 
 // Smoothed rows in their own dtype: m of them, those that take names or the first; AVX512 alone.
-void masq_smooth(const void* x, int dtype, const float* inverse, const int64_t* which, const int64_t* take, int64_t m,
-                 int64_t k, void* out, int threads) {
-  smooth_rows(Rows{x, dtype, inverse, which, m, k, 1, nullptr, nullptr}, take, out, threads);
+void masq_smooth(const void* x, int dtype, const float* inverse, const int64_t* which, const uint16_t* centre,
+                 const int64_t* which_centre, const int64_t* take, int64_t m, int64_t k, void* out, int threads) {
+  smooth_rows(Rows{x, dtype, inverse, which, centre, which_centre, m, k, 1, nullptr, nullptr}, take, out, threads);
 }
 
 void masq_gemm(const int8_t* codes, const float* a_scale, const uint8_t* w, const float* w_scale, const int32_t* offset,
-               const float* bias, const int32_t* places, const void* const* addends, const int64_t* starts, int parts,
-               int addend_dtype, void* out, int out_dtype, int64_t m, int64_t n, int64_t k, int four_bits, int isa, int threads,
+               const float* bias, const int64_t* which_bias, const int32_t* places, const void* const* addends,
+               const int64_t* starts, int parts, int addend_dtype, void* out, int out_dtype, int64_t m, int64_t n, int64_t k, int four_bits, int isa, int threads,
                const void* low, int lows) {
   Addend addend{places, addends, starts, parts, addend_dtype};
-  Product p{codes, a_scale, w, w_scale, offset, bias, addend, out, out_dtype, m, n, k, four_bits, isa, (const LowRank*)low, {}, lows};
+  Product p{codes, a_scale, w, w_scale, offset, Bias{bias, which_bias}, addend, out, out_dtype, m, n, k, four_bits, isa, (const LowRank*)low, {}, lows};
   multiply(p, threads);
 }
 }

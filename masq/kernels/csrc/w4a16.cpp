@@ -27,7 +27,7 @@ struct FloatProduct {
   const float* scale;
   const uint8_t* zero;  // or null
   int64_t group, groups;
-  const float* bias;
+  Bias bias;
   Addend addend;
   void* out;
   int out_dtype;
@@ -111,10 +111,11 @@ AVX512_TARGET void finish_float(const FloatProduct& p, int64_t column, int64_t f
     __mmask16 mask = width >= 16 ? 0xffff : (__mmask16)((1u << width) - 1);
     for (int64_t row = 0; row < rows; ++row) {
       int64_t m = first + row;
+      const float* bias = p.bias.of(m, p.n);
       __m512 value = _mm512_loadu_ps(sums + row * kPanel + j);
       if (p.addend.places && p.addend.places[m] >= 0)
         value = _mm512_add_ps(value, added16(p.addend, p.addend.places[m], column + j, mask));
-      if (p.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, p.bias + column + j));
+      if (bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, bias + column + j));
       store16(p.out, m * p.n + column + j, p.out_dtype, mask, value);
     }
   }
@@ -350,12 +351,12 @@ void many_rows(const FloatProduct& p, int threads) {
 }  // namespace
 
 extern "C" void masq_gemm_w4a16(const void* x, int x_dtype, const uint32_t* w, const float* scale, const uint8_t* zero,
-                                int64_t group, int64_t groups, const float* bias, const int32_t* places,
-                                const void* const* addends, const int64_t* starts, int parts, int addend_dtype,
+                                int64_t group, int64_t groups, const float* bias, const int64_t* which_bias,
+                                const int32_t* places, const void* const* addends, const int64_t* starts, int parts, int addend_dtype,
                                 void* out, int out_dtype, int64_t m, int64_t n, int64_t k, int is_signed, int isa,
                                 int threads) {
   Addend addend{places, addends, starts, parts, addend_dtype};
-  FloatProduct p{x, x_dtype, w, scale, zero, group, groups, bias, addend, out, out_dtype, m, n, k, is_signed, isa};
+  FloatProduct p{x, x_dtype, w, scale, zero, group, groups, Bias{bias, which_bias}, addend, out, out_dtype, m, n, k, is_signed, isa};
   const int64_t few = p.isa == kAmx ? kFewBfloatRows : kFewPairedRows;
   if (p.isa >= kBf16 && p.x_dtype == kBfloat && p.m > few) many_rows(p, threads);
   else if (p.m) few_rows(p, threads);

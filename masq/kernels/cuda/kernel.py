@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from masq.kernels.base import (
+    Bias,
     Kernel,
     LinearSpec,
     LowRank,
@@ -16,6 +17,7 @@ from masq.kernels.base import (
     PreparedWeight,
     QuantizedActivation,
     RowAddend,
+    RowBias,
     RowSmoothing,
     check_rows,
 )
@@ -101,6 +103,8 @@ class CudaKernel(Kernel):
         """
         assert activation is not None, "see not_supported_reasons"
         check_rows(x, smoothing)
+        if smoothing is not None:
+            x, smoothing = smoothing.without_centre(x)
         codes, scale = launch.quantize(self._library(x.device), x, smoothing, activation.qmax)
         return QuantizedActivation(codes, scale, len(x))
 
@@ -119,13 +123,16 @@ class CudaKernel(Kernel):
         activation: QuantizedActivation,
         prepared: PreparedWeight,
         *,
-        bias: torch.Tensor | None,
+        bias: Bias,
         addend: RowAddend | None,
         dtype: torch.dtype,
         low_rank: Sequence[LowRank] = (),
     ) -> torch.Tensor:
         """See ``Kernel.gemm``."""
         assert activation.scale is not None, "see not_supported_reasons"
+        if isinstance(bias, RowBias):
+            given: dict[str, Any] = {"addend": addend, "dtype": torch.float32, "low_rank": low_rank}
+            return bias.add(self.gemm(activation, prepared, bias=None, **given), dtype)
         codes, scale = prepared.tensors["codes"], prepared.tensors["scale"]
         return launch.multiply(
             *(self._library(codes.device), activation.data, activation.scale, codes, scale),

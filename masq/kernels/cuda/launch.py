@@ -75,6 +75,7 @@ def quantize(
     given = _Rows(x=x.data_ptr(), codes=codes.data_ptr(), scales=scale.data_ptr())
     given.rows, given.inputs, given.line, given.type, given.qmax = num_rows, inputs, line, DTYPES[x.dtype], qmax
     if smoothing is not None:
+        assert smoothing.inverse is not None
         given.inverse, given.vectors = smoothing.inverse.data_ptr(), _pointer(smoothing.rows)
     _call(library, library.masq_cuda_quantize, x.device, given)
     return codes, scale

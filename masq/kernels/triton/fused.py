@@ -88,4 +88,7 @@ def project(
 
 
 def _vectors(smoothing: RowSmoothing | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    return (None, None) if smoothing is None else (smoothing.inverse, smoothing.rows)
+    if smoothing is None:
+        return None, None
+    assert smoothing.centre is None, "fused kernels subtract no centres yet: Kernel.quantize does"
+    return smoothing.inverse, smoothing.rows

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from masq.kernels.base import (
+    Bias,
     Kernel,
     LinearSpec,
     LowRank,
@@ -15,6 +16,7 @@ from masq.kernels.base import (
     PreparedWeight,
     QuantizedActivation,
     RowAddend,
+    RowBias,
     RowSmoothing,
     check_rows,
     places,
@@ -77,6 +79,8 @@ class TritonKernel(Kernel):
 
         assert activation is not None, "see not_supported_reasons"
         check_rows(x, smoothing)
+        if smoothing is not None:
+            x, smoothing = smoothing.without_centre(x)
         inverse, rows = (None, None) if smoothing is None else (smoothing.inverse, smoothing.rows)
         codes, scale = ops.smooth_quantize(x, inverse, rows, activation.qmax)
         return QuantizedActivation(codes, scale, len(x))
@@ -96,7 +100,7 @@ class TritonKernel(Kernel):
         activation: QuantizedActivation,
         prepared: PreparedWeight,
         *,
-        bias: torch.Tensor | None,
+        bias: Bias,
         addend: RowAddend | None,
         dtype: torch.dtype,
         low_rank: Sequence[LowRank] = (),
@@ -105,6 +109,9 @@ class TritonKernel(Kernel):
         from masq.kernels.triton import ops
 
         assert activation.scale is not None, "see not_supported_reasons"
+        if isinstance(bias, RowBias):
+            given: dict[str, Any] = {"addend": addend, "dtype": torch.float32, "low_rank": low_rank}
+            return bias.add(self.gemm(activation, prepared, bias=None, **given), dtype)
         num_rows, added, added_place = activation.num_rows, None, None
         if addend is not None and len(addend.rows):
             added = addend.values[0] if len(addend.values) == 1 else torch.cat(addend.values, dim=1)
