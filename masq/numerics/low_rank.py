@@ -83,8 +83,9 @@ def encode(left: torch.Tensor, right: torch.Tensor) -> Factors:
 def project(rows: torch.Tensor, left: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """What L2, or its codes, is to be multiplied with: ``U = rows L1``, or ``rows L1 diag(t)`` where there are scales.
 
-    L1 is brought to the dtype of the rows, codes after they are multiplied by their scales. The scale of L2 goes
-    to U, which is small; the codes of L2 are exact in every dtype.
+    L1 is brought to the dtype of the rows. Codes are exact in bfloat16, whose products with them cannot overflow; for
+    other dtypes they are multiplied by their scales before. The scale of L2 goes to U, which is small; the codes of L2
+    are exact in every dtype.
 
     Args:
         rows: [n, I].
@@ -96,6 +97,8 @@ def project(rows: torch.Tensor, left: torch.Tensor, scale: torch.Tensor | None) 
     """
     if scale is None:
         return rows @ left.to(rows.dtype)
+    if rows.dtype == torch.bfloat16:
+        return (rows @ left.to(rows.dtype) * scale * scale).to(rows.dtype)
     u_nr = rows @ (left * scale).to(rows.dtype)
     return (u_nr * scale).to(rows.dtype)
 
