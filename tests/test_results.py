@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 
 from experiments import tables
-from experiments.bench import packed_model
+from experiments.bench import linears, packed_model
 from experiments.misalignment.report import report
 from experiments.tiny_models import card
 from masq.config import decode, to_dict
@@ -115,10 +116,18 @@ def test_the_readme_repeats_the_short_table() -> None:
 
 def test_the_readme_repeats_the_measured_speed() -> None:
     readme = (ROOT / "README.md").read_text()
-    tables_of_record = (RESULTS / "tables" / "packed_model.md").read_text().split("\n\n")[:-1]
-    again = packed_model.render(read_json(RESULTS / "bench" / "packed_model.json"))
-    assert again.split("\n\n")[:-1] == tables_of_record
+    tables_of_record = (RESULTS / "tables" / "packed_model_amx.md").read_text().split("\n\n")[:-1]
     assert all(part.strip() in readme for part in tables_of_record)
+
+
+@pytest.mark.parametrize("machine", ["", "_amx"])
+@pytest.mark.parametrize("bench", [linears, packed_model], ids=["linears", "packed_model"])
+def test_the_tables_of_speed_are_those_of_their_records(bench: Any, machine: str) -> None:
+    name = bench.__name__.rpartition(".")[2] + machine
+    found = read_json(RESULTS / "bench" / f"{name}.json")
+    assert found["provenance"]["dirty"] is False
+    # The last line says where it was measured.
+    assert bench.render(found).split("\n\n")[:-1] == (RESULTS / "tables" / f"{name}.md").read_text().split("\n\n")[:-1]
 
 
 def test_the_plan_is_an_order_of_magnitude() -> None:
