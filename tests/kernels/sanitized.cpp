@@ -159,6 +159,7 @@ int main() {
       bad |= floats(s[0], s[1], (s[2] + 63) / 64 * 64, 32, dtype);
     }
   }
+  bad |= integers(65, 31, 24200, 1, 1);  // More codes than are kept at a time.
   printf(bad ? "bad\n" : "fine\n");
   return bad;
 }

@@ -88,6 +88,15 @@ def smoothed(x, smooth):
     return rows
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_many_rows_with_many_inputs(kernel, bits):
+    """More codes than a cache keeps: they are multiplied part by part, rows and inputs."""
+    x, packed = cases.rows(277, 8200, torch.float32), cases.weight(70, 8200, TensorFormat(bits))
+    given = {"bias": cases.row_bias(277, 70), "add": cases.addend(277, 70, 0.3, torch.bfloat16)}
+    found = cases.run(kernel, x, packed, cases.per_token(8), **given)
+    assert torch.equal(found, cases.oracle(x, packed, cases.per_token(8), **given))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [8, 6, 4])
 def test_codes_are_those_of_the_quantizer(kernel, dtype, bits):

@@ -459,12 +459,14 @@ AMX_TARGET inline void tiles_amx(const int8_t* a, int64_t a_step, const uint8_t*
   }
 }
 
-AMX_TARGET void panel_amx(const Product& p, const uint8_t* panel, int64_t first, int64_t rows, int32_t* sums, uint8_t* unpacked) {
-  const int64_t blocks = p.blocks(), step = blocks * kTileBytes;
+// Sums over blocks from `from` to `to`, added to what is there unless these are the first.
+AMX_TARGET void panel_amx(const Product& p, const uint8_t* panel, int64_t first, int64_t rows, int64_t from, int64_t to,
+                          int32_t* sums, uint8_t* unpacked) {
+  const int64_t step = p.blocks() * kTileBytes;
   const int8_t* a = p.a + first / kTileRows * step;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t begin = 0; begin < blocks; begin += kChunkBlocks) {
-    int64_t count = blocks - begin < kChunkBlocks ? blocks - begin : kChunkBlocks;
+  for (int64_t begin = from; begin < to; begin += kChunkBlocks) {
+    int64_t count = to - begin < kChunkBlocks ? to - begin : kChunkBlocks;
     const uint8_t* w = panel + 2 * begin * kTileBytes;
     if (p.four_bits) {
       for (int64_t b = 0; b < count; ++b) unpack(panel + (begin + b) * kTileBytes, unpacked + 2 * b * kTileBytes);
@@ -594,17 +596,50 @@ AVX512_TARGET void finish_avx512(const Product& p, int64_t column, int64_t first
   }
 }
 
+// Without tiles.
+void sum_panel(const Product& p, const uint8_t* panel, int64_t first, int64_t rows, const Unsigned& codes, int32_t* sums) {
+  if (p.isa >= kVnni && p.four_bits) panel_vnni<1>(p, panel, first, rows, codes, sums);
+  else if (p.isa >= kVnni) panel_vnni<0>(p, panel, first, rows, codes, sums);
+  else if (p.isa == kAvx2) panel_avx2(p, panel, first, rows, sums);
+  else panel_scalar(p, panel, first, rows, sums);
+}
+
+void finish_panel(const Product& p, int64_t index, int64_t first, int64_t rows, const int32_t* sums, float* low, uint8_t* any,
+                  bool tiles) {
+  if (p.lows && tiles) panel_low_rank(p, index, first, rows, low, any);
+  else if (p.lows) panel_low_rank_bf16(p, index, first, rows, low, any);
+  if (p.isa >= kVnni) finish_avx512(p, index * kPanel, first, rows, sums, low, p.lows ? any : nullptr);
+  else finish_scalar(p, index * kPanel, first, rows, sums);
+}
+
+// How the codes are cut so that those in use stay in the second cache: so many rows, so many blocks of inputs. Tiles are
+// added to sums of earlier blocks, which is cheaper than to read the weight again for other rows; the others take whole rows.
+struct Cut {
+  int64_t rows, blocks;
+};
+
+Cut cut_of(const Product& p, bool tiles) {
+  const int64_t blocks = p.blocks();
+  int64_t rows = kRowBytes / (blocks * kBlock) / 32 * 32;
+  if (rows >= kMaxRows || !tiles) return {rows < 64 ? 64 : (rows > kMaxRows ? kMaxRows : rows), blocks};
+  rows = p.m < kMaxRows ? (p.m + kTileRows - 1) / kTileRows * kTileRows : kMaxRows;
+  const int64_t parts = (rows * blocks * kBlock + kRowBytes - 1) / kRowBytes;
+  return {rows, (blocks + parts - 1) / parts};
+}
+
 void multiply(Product& p, int threads) {
-  const int64_t panels = (p.n + kPanel - 1) / kPanel;
+  const int64_t panels = (p.n + kPanel - 1) / kPanel, blocks = p.blocks();
   const bool tiles = p.isa == kAmx && (p.m > kFewRows || p.lows);
   for (int l = 0; l < p.lows; ++l) spread_rows(p.low[l], p.m, p.low_rows[l]);
-  int64_t together = kRowBytes / (p.blocks() * kBlock) / 32 * 32;  // Rows whose codes stay in the second cache.
-  together = together < 64 ? 64 : (together > kMaxRows ? kMaxRows : together);
+  const Cut cut = cut_of(p, tiles);
+  const int64_t together = cut.rows;
+  // Sums of every panel, kept from some blocks to the next.
+  int32_t* kept = cut.blocks < blocks ? (int32_t*)_mm_malloc(panels * together * kPanel * 4, 64) : nullptr;
   if (p.m * p.k * p.n < kParallelWork * 16) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     alignas(64) uint8_t unpacked[kChunkBlocks * 2 * kTileBytes];
-    alignas(64) int32_t sums[kMaxRows * kPanel];
+    alignas(64) int32_t own[kMaxRows * kPanel];
     alignas(64) float low[kMaxRows * kPanel];
     uint8_t any[kMaxRows / kTileRows] = {};
     // Of many rows on AVX512: their codes as unsigned ones, once for all panels.
@@ -615,23 +650,23 @@ void multiply(Product& p, int threads) {
       int64_t rows = p.m - first < together ? p.m - first : together;
       if (made) make_unsigned(p, first, rows, made);
       const Unsigned codes{made, first};
+      for (int64_t begin = 0, end; begin < blocks; begin = end) {
+        end = begin + cut.blocks < blocks ? begin + cut.blocks : blocks;
+        // A panel stays with its thread.
 #pragma omp for schedule(static) nowait
-      for (int64_t index = 0; index < panels; ++index) {
-        const uint8_t* panel = p.w + index * p.panel_bytes();
-        if (tiles) panel_amx(p, panel, first, rows, sums, unpacked);
-        else if (p.isa >= kVnni && p.four_bits) panel_vnni<1>(p, panel, first, rows, codes, sums);
-        else if (p.isa >= kVnni) panel_vnni<0>(p, panel, first, rows, codes, sums);
-        else if (p.isa == kAvx2) panel_avx2(p, panel, first, rows, sums);
-        else panel_scalar(p, panel, first, rows, sums);
-        if (p.lows && tiles) panel_low_rank(p, index, first, rows, low, any);
-        else if (p.lows) panel_low_rank_bf16(p, index, first, rows, low, any);
-        if (p.isa >= kVnni) finish_avx512(p, index * kPanel, first, rows, sums, low, p.lows ? any : nullptr);
-        else finish_scalar(p, index * kPanel, first, rows, sums);
+        for (int64_t index = 0; index < panels; ++index) {
+          const uint8_t* panel = p.w + index * p.panel_bytes();
+          int32_t* sums = kept ? kept + index * together * kPanel : own;
+          if (tiles) panel_amx(p, panel, first, rows, begin, end, sums, unpacked);
+          else sum_panel(p, panel, first, rows, codes, sums);
+          if (end == blocks) finish_panel(p, index, first, rows, sums, low, any, tiles);
+        }
       }
     }
     if (tiles) close_tiles();
     if (made) _mm_free(made);
   }
+  if (kept) _mm_free(kept);
   for (int l = 0; l < p.lows; ++l) {
     free(p.low_rows[l].tiles);
     free(p.low_rows[l].present);
