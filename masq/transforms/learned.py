@@ -152,7 +152,7 @@ def _train(
         return
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total)
     for epoch in range(config.epochs):
-        for index in _order(num_batches, seed, name, epoch):
+        for index in order_of(num_batches, seed, name, epoch):
             optimizer.zero_grad(set_to_none=True)
             loss = loss_of(index)
             _require_finite(_everywhere(float(loss.detach())), name)
@@ -205,7 +205,7 @@ def _require_finite(loss: float, name: str) -> None:
         )
 
 
-def _order(num_batches: int, seed: int, name: str, epoch: int) -> list[int]:
+def order_of(num_batches: int, seed: int, name: str, epoch: int) -> list[int]:
     """Permutation of the batches keyed by (seed, block, epoch), so that a resumed run repeats it."""
     digest = hashlib.sha256(f"smoothing|{seed}|{name}|{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
