@@ -84,11 +84,12 @@ check: $(STAMP)  ## ruff, pyright, import contracts, and every configuration com
 	echo "configurations"; $(PYTHON) -m pytest -q tests/test_conf.py || failed+=" configurations"; \
 	if [ -n "$$failed" ]; then echo "make check failed:$$failed" >&2; exit 1; fi
 
-table: $(STAMP)  ## write results/tables from finished runs and committed records
+table: $(STAMP)  ## write results/tables and results/figures from finished runs and committed records
 	@$(PYTHON) -m experiments.tables write --root $(RESULTS_ROOT)
 	@mkdir -p results/misalignment
 	@for file in $(wildcard $(RESULTS_ROOT)/misalignment/*.json); do cp "$$file" results/misalignment/; done
 	@$(PYTHON) -m experiments.misalignment.report --output results/tables/discrimination.md
+	@$(PYTHON) -m experiments.figures
 
 results: $(STAMP)  ## run all cells of the tables (hours: python -m experiments.tables plan), then write them
 	@$(PYTHON) -m experiments.tables run --root $(RESULTS_ROOT)

@@ -49,7 +49,7 @@ def bars(records: Sequence[RunRecord], key: str) -> str | None:
     if not rows or not columns:
         return None
     height = 0.8 / len(columns)
-    with _figure(8, 0.6 + 0.17 * len(columns) * len(rows)) as (figure, axes):
+    with drawing(8, 0.6 + 0.17 * len(columns) * len(rows)) as (figure, axes):
         for number, column in enumerate(columns):
             places = [index + (number - (len(columns) - 1) / 2) * height for index in range(len(rows))]
             values = [values[number] or 0.0 for _, values in rows]
@@ -58,7 +58,7 @@ def bars(records: Sequence[RunRecord], key: str) -> str | None:
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.25)
         axes.legend(frameon=False, ncols=len(columns), loc="lower left", bbox_to_anchor=(0, 1))
-        return _svg(figure)
+        return svg(figure)
 
 
 def by_block(records: Sequence[RunRecord], modality: str) -> str | None:
@@ -70,13 +70,13 @@ def by_block(records: Sequence[RunRecord], modality: str) -> str | None:
             lines.append((name, values))
     if not lines:
         return None
-    with _figure(8, 3.2) as (figure, axes):
+    with drawing(8, 3.2) as (figure, axes):
         for (name, values), colour in zip(_spread(lines, MAX_LINES), COLOURS, strict=False):
             axes.plot(*zip(*values, strict=True), label=name, color=colour, linewidth=1.5)
         axes.set_xlabel("block")
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-        return _svg(figure)
+        return svg(figure)
 
 
 def row_names(records: Sequence[RunRecord]) -> list[str]:
@@ -92,8 +92,17 @@ def _spread(lines: Sequence[Any], count: int) -> list[Any]:
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[tuple[Any, Any]]:
-    """A figure without background in the page's ink; no window, no global state."""
+def drawing(width: float, height: float, panels: int = 1) -> Iterator[tuple[Any, Any]]:
+    """A figure without background in the page's ink; no window, no global state.
+
+    Args:
+        width: inches.
+        height: inches.
+        panels: side by side, with one scale for what goes up.
+
+    Yields:
+        The figure and its axes, a sequence of them where there are several panels.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -105,14 +114,15 @@ def _figure(width: float, height: float) -> Iterator[tuple[Any, Any]]:
     with mpl.rc_context({**settings, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(width, height), layout="constrained")
         figure.patch.set_alpha(0)
-        axes = figure.add_subplot()
-        axes.patch.set_alpha(0)
-        yield figure, axes
+        axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+        for one in axes:
+            one.patch.set_alpha(0)
+        yield figure, axes[0] if panels == 1 else axes
 
 
-def _svg(figure: Any) -> str:
-    """The figure as an SVG element that takes the page's ink and width."""
+def svg(figure: Any, ink: str = "currentColor") -> str:
+    """The figure as an SVG element, by default in the ink and width of the page around it."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :].replace(_INK, "currentColor").strip()
+    return text[text.index("<svg") :].replace(_INK, ink).strip()
