@@ -247,6 +247,7 @@ def _check_method(method: MethodConfig) -> None:
             value=f"method.centring={method.centring.kind}, method.smoothing={smoothing}",
             remedy="set method.smoothing=modality_convex, modality, shared or none, or method.centring=none",
         )
+    _check_base(method)
     if not method.stores_weight_per_modality:
         return
     if smoothing not in _MODALITY_SMOOTHING:
@@ -263,6 +264,17 @@ def _check_method(method: MethodConfig) -> None:
         )
 
 
+def _check_base(method: MethodConfig) -> None:
+    rounding, base = method.rounding, method.compensation.base
+    plain = isinstance(rounding, NearestRounding) and rounding.clip is None
+    if base != "text" and not plain:
+        raise ConfigError(
+            "a stored weight with the factor of another modality than text is rounded to nearest",
+            value=f"method.compensation.base={base}, method.rounding={rounding.kind}",
+            remedy="set method.rounding=nearest, or method.compensation.base=text",
+        )
+
+
 def _check_execution(config: RunConfig) -> None:
     if config.kernel != AUTO and config.kernel not in KERNELS:
         raise unknown_name("kernel", config.kernel, [AUTO, *KERNELS.names()])
@@ -272,11 +284,18 @@ def _check_execution(config: RunConfig) -> None:
             value=f"kernel={config.kernel}, execution=simulated",
             remedy=f"set execution=packed, or kernel={AUTO}",
         )
-    if config.execution == "packed" and config.method.stores_weight_per_modality:
+    base = config.method.compensation.base
+    if base not in active_modalities(config):
         raise ConfigError(
-            "packed execution has one weight for all modalities",
-            value=f"method {config.method.name} stores one for each",
-            remedy="use execution=simulated, or a method with rounding.per_modality=false",
+            "the base of corrections must be a modality of the run",
+            value=f"method.compensation.base={base}",
+            remedy=f"use one of {', '.join(active_modalities(config))}",
+        )
+    if config.execution == "packed" and (config.method.stores_weight_per_modality or base != "text"):
+        raise ConfigError(
+            "packed execution has one weight for all modalities, and corrects no text",
+            value=f"method {config.method.name}, method.compensation.base={base}",
+            remedy="use execution=simulated, or a method with rounding.per_modality=false and compensation.base=text",
         )
 
 

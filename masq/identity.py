@@ -18,6 +18,7 @@ def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
         (plain["method"]["rounding"], "clip", None),
         (plain["method"]["rounding"], "share", "tokens"),
         (plain["method"]["compensation"], "ranks", "equal"),
+        (plain["method"]["compensation"], "base", "text"),
         (plain["scheme"], "overrides", []),
         (plain["evaluation"], "score", True),
         (plain["evaluation"], "benchmarks", None),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from masq.config import RunConfig, active_modalities
 from masq.errors import ConfigError, DataError
-from masq.models.zoo import is_trained
+from masq.models.zoo import SPLITS, is_trained
 
 if TYPE_CHECKING:
     from masq.models.base import Sample
@@ -67,7 +67,11 @@ def load_data(config: RunConfig) -> tuple[dict[str, list[Sample]], dict[str, str
 
 def _source(config: RunConfig, split: str) -> Path:
     """The Parquet file to calibrate on or to evaluate on: a given one, or a split of the embedded data."""
+    from masq.models.zoo.smol_omni import data_path
+
     source = config.calibration.source if split == "calibration" else config.evaluation.source
+    if source in SPLITS and is_trained(config.model.source):
+        return data_path(source)
     if source != "auto":
         return Path(source)
     if not is_trained(config.model.source):
@@ -77,6 +81,4 @@ def _source(config: RunConfig, split: str) -> Path:
             remedy=f"set {split}.source to a Parquet file with the columns id, task, question, answer, image, audio "
             "and, where a task chooses, choices",
         )
-    from masq.models.zoo.smol_omni import data_path
-
     return data_path(config.evaluation.split if split == "evaluation" else split)

@@ -262,6 +262,13 @@ def test_whole_numbers_are_accepted_for_real_ones(base: dict[str, Any]) -> None:
         (["method=none", "smoothing@method.smoothing=awq"], "rounds nothing"),
         (["method=awq", "++method.rounding.per_modality=true"], "needs factors per modality"),
         (["method=none", "compensation@method.compensation=whitened_low_rank"], "rounds nothing"),
+        (
+            ["compensation@method.compensation=whitened_low_rank_searched", "++method.compensation.base=vision"],
+            "where text is the base",
+        ),
+        (["method=masq_rot", "++method.compensation.base=vision"], "rounded to nearest"),
+        (["execution=packed", "++method.compensation.base=vision"], "corrects no text"),
+        (["model=smol_vl", "modality=dual", "++method.compensation.base=audio"], "Use one of text, vision"),
         (["model=nano_vl", "modality=dual", "++model.modalities=[text]"], "has no audio"),
         (["model=nano_vl", "modality=dual", "++model.modalities=[text,audio]"], "a qwen2_5_vl model has no audio"),
     ],

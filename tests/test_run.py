@@ -16,6 +16,7 @@ import torch
 from lmms_eval.api.model import lmms
 
 from masq import run as run_module
+from masq.compose import compose
 from masq.config import RunConfig, decode
 from masq.errors import ConfigError, DataError
 from masq.evaluation.evaluate import evaluate
@@ -373,6 +374,17 @@ def test_samples_shown_in_calibration_are_refused_or_stamped(splits: dict[str, P
     record = run(config(splits, tmp_path, evaluation={**same, "allow_overlap": True}))
     assert record.warnings[0].startswith("contaminated: calibration and evaluation share samples (")
     assert "contaminated" in table([record])
+
+
+def test_a_split_of_the_embedded_data_is_a_source_by_its_name() -> None:
+    """Calibrating on what is evaluated, to see what it is worth."""
+    given = ["++calibration.samples_per_task=1", "++evaluation.samples_per_task=1", "calibration.source=evaluation"]
+    with pytest.raises(DataError, match="must not share samples"):
+        load_data(compose(given))
+    data, hashes, [warning] = load_data(compose([*given, "++evaluation.allow_overlap=true"]))
+    assert hashes["calibration"] == hashes["evaluation"]
+    assert len(data["calibration"]) == len(data["evaluation"])
+    assert warning.startswith("contaminated")
 
 
 def test_fidelity_alone(splits: dict[str, Path], tmp_path: Path, finished: Finished) -> None:

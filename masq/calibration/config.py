@@ -24,7 +24,8 @@ class CalibrationConfig:
         batch_size: samples per batch; batches are a fixed function of the sample order.
         seed: of the draw; keyed together with the task's name.
         tasks: the tasks to draw from, None for all that the active modalities allow.
-        source: ``auto`` for the calibration split that comes with an embedded model, or a Parquet file.
+        source: ``auto`` for the calibration split that comes with an embedded model, the name of another of its splits
+            (``evaluation`` shows what calibrating on the test set is worth), or a Parquet file.
         chain: the activations that stages look at: those of the ``quantized`` chain, so that a block sees the errors of
             the blocks before it, or of the ``float`` model, which are the same for every method and format.
         cache: keep what is found out about the float model (statistics, gradients) for other runs with the same output

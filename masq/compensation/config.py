@@ -15,6 +15,11 @@ class NoCompensation:
 
     kind: Literal["none"] = "none"
 
+    @property
+    def base(self) -> Literal["text"]:
+        """As there where something is corrected."""
+        return "text"
+
 
 @dataclass(frozen=True, slots=True)
 class WhitenedLowRank:
@@ -36,6 +41,8 @@ class WhitenedLowRank:
             text's and its own, by the error that is left after correction (``masq.compensation.gauge``).
         ranks: ``equal`` by the ratio or number above for every linear; ``filled`` spends the same bytes where they
             pay most among the linears and modalities of a block (``masq.compensation.ranks``).
+        base: the modality whose factor the stored weight has; all others are corrected. Text (MASQuant, section 3.3),
+            so that no generated token meets a correction; another one is an ablation, and simulated alone.
         dtype: in which the factors are stored, whatever the model's own is; they are multiplied in the model's.
             ``int8`` means codes with a float32 scale for each component (``masq.numerics.low_rank``): twice the rank
             in the bytes of sixteen bits.
@@ -51,6 +58,7 @@ class WhitenedLowRank:
     gauge: Literal["given", "text", "searched"] = "given"
     ranks: Literal["equal", "filled"] = "equal"
     dtype: Literal["bfloat16", "float16", "float32", "int8"] = "bfloat16"
+    base: Literal["text", "vision", "audio"] = "text"
 
     def __post_init__(self) -> None:
         """Reject values out of range.
@@ -70,6 +78,12 @@ class WhitenedLowRank:
             raise ConfigError("rank must not be negative", value=self.rank)
         if not 0 < self.damping < float("inf"):
             raise ConfigError("damping must be positive and finite", value=self.damping)
+        if self.base != "text" and self.gauge == "searched":
+            raise ConfigError(
+                "the scale of a factor is searched where text is the base",
+                value=f"base={self.base}, gauge={self.gauge}",
+                remedy="set base=text, or gauge=given",
+            )
         if not self.groups or len(set(self.groups)) != len(self.groups):
             raise ConfigError(
                 "groups must name at least one group of linears, each once",

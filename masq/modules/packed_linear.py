@@ -98,7 +98,8 @@ class PackedLinear(nn.Module):
         """The packed form of a simulated layer; tensors that need no packing are shared with it.
 
         Raises:
-            ModelError: it has a weight per modality, or a rotation behind smoothing, which cannot be deployed.
+            ModelError: it has a weight per modality, a rotation behind smoothing or a correction of text, which cannot
+                be deployed.
         """
         if len(layer.weight_modalities) > 1:
             raise ModelError(
@@ -111,6 +112,12 @@ class PackedLinear(nn.Module):
                 "a packed linear has no rotation behind smoothing",
                 value="rotation hadamard_smoothed",
                 remedy="use execution=simulated, or rotation=hadamard, which lies before smoothing",
+            )
+        if Modality.TEXT in layer.correction_modalities:
+            raise ModelError(
+                "a packed linear corrects no text",
+                value="a correction of text",
+                remedy="use execution=simulated, or method.compensation.base=text",
             )
         state = layer.state_dict()
         name = Modality.TEXT.name.lower()

@@ -119,7 +119,7 @@ class Stages:
         wanted = {m for m in Modality if m is not Modality.PADDING}
         if not self.search_moment_groups:
             if not self.rounds_against_input:
-                wanted -= {Modality.TEXT}
+                wanted -= {self.base}
             elif self.compensation.kind == "none":
                 wanted &= set(self.rounding_modalities)
         return tuple(sorted(wanted))
@@ -129,6 +129,11 @@ class Stages:
         """Whose tokens a rounding stage looks at where one weight serves all modalities."""
         text_only = self.rounding.kind == "gptq" and self.rounding.tokens == "text"
         return (Modality.TEXT,) if text_only else tuple(Modality)
+
+    @property
+    def base(self) -> Modality:
+        """The modality whose factor the one stored weight has."""
+        return Modality[self.compensation.base.upper()]
 
     @property
     def stores_weight_per_modality(self) -> bool:

@@ -120,13 +120,13 @@ def second_moments(group: str, reads: GroupInput, stages: Stages) -> SecondMomen
     if not corrected and not remainders:
         return SecondMoments(pooled, {}, {})
     assert reads.statistics is not None
-    wanted = [m for m in reads.statistics.second_moment if remainders or m is not Modality.TEXT]
+    wanted = [m for m in reads.statistics.second_moment if remainders or m is not stages.base]
     single = {m: Spectrum(reads.covariance(m)) for m in wanted}
     if not corrected:
         return SecondMoments(pooled, single, {})
     assert stages.compensation.kind != "none"
     damping = stages.compensation.damping
-    return SecondMoments(pooled, single, {m: one.root(damping) for m, one in single.items() if m is not Modality.TEXT})
+    return SecondMoments(pooled, single, {m: one.root(damping) for m, one in single.items() if m is not stages.base})
 
 
 def _signs(block: BlockAdapter, name: str, group: str, stages: Stages) -> torch.Tensor | None:

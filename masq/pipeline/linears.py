@@ -196,9 +196,11 @@ def _draft(
     stage, config = ROUNDING.get(stages.rounding.kind), stages.rounding_of(role)
     if stages.rounds_to_remainder:
         rounded = {Modality.TEXT: _round_to_remainder(weight, fmt, reads, seen, stages, role)}
+    elif stages.stores_weight_per_modality:
+        rounded = {m: stage(reads.smoothed(weight, m), fmt.weight, config, seen.pooled.get(m)) for m in present}
     else:
-        stored = present if stages.stores_weight_per_modality else (Modality.TEXT,)
-        rounded = {m: stage(reads.smoothed(weight, m), fmt.weight, config, seen.pooled.get(m)) for m in stored}
+        own = reads.smoothed(weight, stages.base)
+        rounded = {Modality.TEXT: stage(own, fmt.weight, config, seen.pooled.get(Modality.TEXT))}
     return Draft(linear, role, name, fmt, reads, rounded, seen.roots)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from masq.compensation.config import NoCompensation, WhitenedLowRank
 from masq.errors import ConfigError, ModelError
-from masq.models.base import Modality
+from masq.models.base import Modality, Role
 from masq.modules.footprint import footprint
 from masq.modules.packed_linear import PackedLinear
 from masq.modules.quant_linear import QuantLinear
@@ -162,3 +162,26 @@ def test_a_share_needs_a_remainder() -> None:
         ConvexModalitySmoothing(power=1)
     with pytest.raises(ConfigError, match="at least one group"):
         SmoothedHadamardRotation(groups=())
+
+
+def test_another_base_is_stored_and_text_corrected(tmp_path: Path) -> None:
+    """At full rank every modality but the base has its float weight again; such a layer is not packed."""
+    nano = make_nano(num_samples=2)
+    weight = nano.adapter.blocks()[0].linear(Role.QUERY).weight.detach().double()
+    full = WhitenedLowRank(rank_ratio=1.0, base="vision", dtype="float32")
+    made = stages("rtn", "w4a8", smoothing=ModalitySmoothing(), rounding=NearestRounding(), compensation=full)
+    stores = {"blocks": BlockStore(tmp_path / "blocks"), "factors": BlockStore(tmp_path / "factors")}
+    loop.quantize(nano.adapter, nano.batches, made, nano.context, **stores)
+    layer = nano.adapter.blocks()[0].linear(Role.QUERY)
+    assert isinstance(layer, QuantLinear)
+    assert layer.correction_modalities == (Modality.TEXT, Modality.AUDIO)
+    stored = layer.codes_text.double() * layer.scale_text.double()
+    factors = {m: 1 / layer.inverse_smoothing[layer.smoothing_rows[int(m)]].double() for m in Modality if m >= 0}
+    own = quantize_tensor((weight * factors[Modality.VISION]).float(), layer.weight_format)
+    assert (stored - own.dequantize(torch.float64)).norm() < 1e-3 * stored.norm()
+    for modality in layer.correction_modalities:
+        left, right = (getattr(layer, f"{side}_{modality.name.lower()}").double() for side in ("left", "right"))
+        wanted = weight * factors[modality]
+        assert (stored + (left @ right).t() - wanted).norm() < 1e-4 * wanted.norm()
+    with pytest.raises(ModelError, match="corrects no text"):
+        PackedLinear.from_simulated(layer)

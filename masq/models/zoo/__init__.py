@@ -8,6 +8,8 @@ PREFIX = "zoo:"
 
 TRAINED = ("smol_omni", "smol_vl")
 """Embedded models with trained weights and data, in the files of ``smol_omni``; the others are random."""
+SPLITS = ("calibration", "evaluation", "final")
+"""Splits of their data."""
 
 
 def embedded_name(source: str) -> str | None:

