@@ -78,8 +78,8 @@ def page(records: dict[str, dict[str, Any]]) -> str:
     parts = ["<!-- python -m experiments.beyond.report -->", ""]
     for scheme, record in records.items():
         seeds = ", ".join(sorted({seed for arm in record["arms"].values() for seed in arm}))
-        device = next(iter(record["provenance"].values()))["device_name"]
-        parts += [f"**{scheme}**, seeds {seeds}, one thread on {device}", "", table(record), ""]
+        devices = " and ".join(sorted({one["device_name"] for one in record["provenance"].values()}))
+        parts += [f"**{scheme}**, seeds {seeds}, one thread on {devices}", "", table(record), ""]
     return "\n".join(parts)
 
 
