@@ -17,6 +17,7 @@ def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
     for group, key, not_there in (
         (plain["method"]["rounding"], "clip", None),
         (plain["method"]["rounding"], "share", "tokens"),
+        (plain["method"]["rounding"], "inputs", "exact"),
         (plain["method"]["compensation"], "ranks", "equal"),
         (plain["method"]["compensation"], "base", "text"),
         (plain["scheme"], "overrides", []),

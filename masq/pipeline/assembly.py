@@ -97,6 +97,13 @@ class Stages:
         return tuple(group for group in self.compensated_groups if group in self.smoothing.groups)
 
     @property
+    def groups_with_rows(self) -> tuple[str, ...]:
+        """Groups of which a stage behind smoothing looks at single tokens."""
+        if self.rounding.kind == "gptq" and self.rounding.inputs == "rounded":
+            return self.second_moment_groups
+        return self.gauged_groups
+
+    @property
     def rounds_to_remainder(self) -> bool:
         """Whether rounding leaves to corrections what they are going to correct."""
         return self.rounding.kind == "gptq" and self.rounding.tokens == "remainder"

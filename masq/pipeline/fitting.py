@@ -66,7 +66,7 @@ class Prepared:
 def token_sample(replay: Sequence[ReplayBatch], stages: Stages, num_blocks: int) -> TokenSample | None:
     """The tokens that smoothing or its gauge looks at, none of them where second moments tell it all."""
     config = stages.smoothing
-    limits = [GAUGE_TOKENS] if stages.gauged_groups else []
+    limits = [GAUGE_TOKENS] if stages.groups_with_rows else []
     if isinstance(config, ConvexModalitySmoothing):
         limits.append(config.tokens)
     elif isinstance(config, SearchedSmoothing):
@@ -91,8 +91,8 @@ def requests(stages: Stages, prepared: Prepared) -> tuple[Request, Request]:
         sample = prepared.sample if fits_tokens else None
         own = [group for group in stages.centred_groups if group in stages.smoothing.groups]
         smoothing = Request(stages.smoothing.groups, stages.search_moment_groups, of, sample, own)
-    gauged, centres = stages.gauged_groups, stages.centred_groups
-    rest = Request(gauged, stages.second_moment_groups, of, prepared.sample if gauged else None, centres)
+    rows, centres = stages.groups_with_rows, stages.centred_groups
+    rest = Request(rows, stages.second_moment_groups, of, prepared.sample if rows else None, centres)
     if stages.smoothing_on_float == stages.moments_on_float:
         both = Request(
             {*smoothing.groups, *rest.groups},

@@ -16,6 +16,7 @@ from masq.models.base import GROUPS, Modality, Role
 from masq.modules.centres import STORED, Centres
 from masq.numerics.hadamard import random_signs, rotate
 from masq.numerics.linalg import Spectrum, Whitener
+from masq.rounding.inputs import InputRounding
 from masq.rounding.nearest import round_nearest
 from masq.rounding.stages import pooled_moment
 from masq.transforms.smoothing import match_scale
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from masq.calibration.statistics import GroupStatistics
     from masq.models.base import BlockAdapter
+    from masq.numerics.scheme import TensorFormat
     from masq.pipeline.assembly import Stages
     from masq.transforms.stages import SmoothingPlan
 
@@ -89,6 +91,12 @@ class GroupInput:
         assert self.statistics is not None
         moment = self.statistics.second_moment[modality]
         return self.turned_moment(scaled_covariance(moment, self.factor(modality, moment)))
+
+    def rounding(self, modality: Modality, fmt: TensorFormat | None) -> InputRounding:
+        """What rounding to a format does to the smoothed and rotated rows of a modality that were kept."""
+        assert self.statistics is not None
+        rows = self.statistics.rows[modality].double()
+        return InputRounding.of(self.turn(rows / self.factor(modality, rows)), fmt)
 
     def turned_moment(self, moment: torch.Tensor) -> torch.Tensor:
         """R^T C R, exactly symmetric."""

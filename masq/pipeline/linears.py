@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from masq.numerics.linalg import Whitener
     from masq.numerics.scheme import LinearFormat
     from masq.pipeline.assembly import Stages
+    from masq.rounding.inputs import InputRounding
     from masq.transforms.stages import SmoothingPlan
 
 
@@ -46,6 +47,7 @@ class Draft:
         reads: its input.
         rounded: stored weights by modality, of text at least.
         roots: square roots of the second moments of those modalities that are corrected.
+        inputs: what rounding does to the inputs, by modality, where the stored weight takes it into account.
     """
 
     linear: torch.nn.Linear
@@ -55,6 +57,7 @@ class Draft:
     reads: GroupInput
     rounded: Mapping[Modality, Rounded]
     roots: Mapping[Modality, Whitener] = field(default_factory=dict)
+    inputs: Mapping[Modality, InputRounding] = field(default_factory=dict)
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -62,8 +65,10 @@ class Draft:
         return self.linear.in_features, self.linear.out_features
 
     def residual(self, modality: Modality) -> torch.Tensor:
-        """W s_m - W_hat, float64 [O, I]."""
+        """W s_m - W_hat, float64 [O, I]; W_hat as it acts on rounded inputs, if it takes them into account."""
         base = self.rounded[Modality.TEXT].weight.dequantize(torch.float64)
+        if modality in self.inputs:
+            base = base * self.inputs[modality].gain
         return self.reads.smoothed(self.linear.weight.detach().double(), modality) - base
 
     def layer(self, corrections: Corrections, context: ModalityContext) -> QuantLinear:
@@ -194,14 +199,17 @@ def _draft(
     weight, fmt = linear.weight.detach().double(), stages.scheme.formats[role]
     present = tuple(reads.factors) or (Modality.TEXT,)
     stage, config = ROUNDING.get(stages.rounding.kind), stages.rounding_of(role)
+    inputs: Mapping[Modality, InputRounding] = {}
     if stages.rounds_to_remainder:
-        rounded = {Modality.TEXT: _round_to_remainder(weight, fmt, reads, seen, stages, role)}
+        if config.kind == "gptq" and config.inputs == "rounded":
+            inputs = {m: reads.rounding(m, fmt.activation) for m in seen.single}
+        rounded = {Modality.TEXT: _round_to_remainder(weight, fmt, reads, seen, inputs, stages, role)}
     elif stages.stores_weight_per_modality:
         rounded = {m: stage(reads.smoothed(weight, m), fmt.weight, config, seen.pooled.get(m)) for m in present}
     else:
         own = reads.smoothed(weight, stages.base)
         rounded = {Modality.TEXT: stage(own, fmt.weight, config, seen.pooled.get(Modality.TEXT))}
-    return Draft(linear, role, name, fmt, reads, rounded, seen.roots)
+    return Draft(linear, role, name, fmt, reads, rounded, seen.roots, inputs)
 
 
 def _round_to_remainder(
@@ -209,6 +217,7 @@ def _round_to_remainder(
     fmt: LinearFormat,
     reads: GroupInput,
     seen: SecondMoments,
+    inputs: Mapping[Modality, InputRounding],
     stages: Stages,
     role: Role,
 ) -> Rounded:
@@ -218,7 +227,8 @@ def _round_to_remainder(
     assert reads.statistics is not None
     rank = resolve_rank(stages.compensation, *weight.shape[::-1]) if stages.compensation.kind != "none" else 0
     smoothed = {m: reads.smoothed(weight, m) for m in {*seen.single, Modality.TEXT}}
-    goal = remainder(smoothed, seen.single, dict.fromkeys(seen.roots, rank), reads.statistics.num_tokens, config.share)
+    ranks, tokens = dict.fromkeys(seen.roots, rank), reads.statistics.num_tokens
+    goal = remainder(smoothed, seen.single, ranks, tokens, config.share, inputs)
     stage = ROUNDING.get(config.kind)
     if goal is None:
         return stage(smoothed[Modality.TEXT], fmt.weight, config, None)

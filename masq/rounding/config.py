@@ -84,6 +84,8 @@ class GptqRounding:
             what the weight is rounded towards.
         share: how much each modality counts in a ``remainder``: by the number of its ``tokens``, or so that relative
             errors of its ``signal`` count alike.
+        inputs: what a ``remainder`` takes the inputs for: ``exact``, or ``rounded`` as they are going to be, a gain and
+            noise in every channel (``masq.rounding.inputs``).
         clip: shrink ranges first, by the Hessian; the scales of groups are then fixed before the sweep. Null for the
             full ranges.
     """
@@ -95,6 +97,7 @@ class GptqRounding:
     static_groups: bool = False
     tokens: Literal["all", "text", "remainder"] = "all"
     share: Literal["tokens", "signal"] = "tokens"
+    inputs: Literal["exact", "rounded"] = "exact"
     clip: ClipSearch | None = None
 
     def __post_init__(self) -> None:
@@ -111,6 +114,12 @@ class GptqRounding:
             raise ConfigError(
                 "share weighs the modalities of a remainder",
                 value=f"share={self.share}, tokens={self.tokens}",
+                remedy="set method.rounding.tokens=remainder",
+            )
+        if self.inputs != "exact" and self.tokens != "remainder":
+            raise ConfigError(
+                "a remainder is what takes rounded inputs into account",
+                value=f"inputs={self.inputs}, tokens={self.tokens}",
                 remedy="set method.rounding.tokens=remainder",
             )
 

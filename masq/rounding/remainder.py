@@ -7,7 +7,13 @@ strongest in their second moment ``C_m``; W_hat answers for the rest, ``tail_R(C
     sum_m lambda_m |W S_m - W_hat|^2 in the norm of tail_R(C_m)  =  |B - W_hat|^2 in that of H,  up to a constant,
     H = sum_m lambda_m tail_R(C_m),  B = W S_t + sum_m lambda_m W (S_m - S_t) tail_R(C_m) H^-1.
 
-Text has no correction: its tail is all of C_t. Shapes: I input channels, O output channels.
+Text has no correction: its tail is all of C_t. Where inputs are rounded to ``G_m x + n`` (``masq.rounding.inputs``),
+W_hat acts on that while corrections act on x: with ``T_m = tail_R(C_m)`` and the noise's variances ``D_m``,
+
+    sum_m lambda_m (|W S_m - W_hat G_m|^2 in the norm of T_m + |W_hat|^2 in that of D_m):
+    H = sum_m lambda_m (G_m T_m G_m + D_m),  B = sum_m lambda_m W S_m T_m G_m H^-1.
+
+Shapes: I input channels, O output channels.
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from masq.numerics.linalg import Spectrum
+    from masq.rounding.inputs import InputRounding
 
 # Of the mean of H's diagonal, added to it where it is inverted: directions that no token uses keep the weight of text.
 _DAMPING = 1e-3
@@ -48,6 +55,7 @@ def remainder(
     ranks: Mapping[Modality, int],
     tokens: Mapping[Modality, int],
     share: Literal["signal", "tokens"],
+    inputs: Mapping[Modality, InputRounding] | None = None,
 ) -> Remainder | None:
     """Goal and second moment of one linear.
 
@@ -58,6 +66,7 @@ def remainder(
         tokens: how many occurred, by modality.
         share: lambda_m: ``signal`` takes the inverse energy of the modality's outputs, so that relative errors count
             alike; ``tokens`` their number, so that every token's error does.
+        inputs: what rounding does to the inputs, by modality; left out, they are taken as they are.
 
     Returns:
         None if no token occurred. With equal factors and without corrections B is W S_t and H the plain sum.
@@ -70,7 +79,14 @@ def remainder(
         own = smoothed.get(modality, text)
         energy = float(((own @ covariance.matrix) * own).sum())
         weight = (1 / energy if energy > 0 else 0.0) if share == "signal" else float(tokens[modality])
-        left = covariance.tail(ranks.get(modality, 0)) * weight
+        left = covariance.tail(ranks.get(modality, 0))
+        rounded = inputs.get(modality) if inputs else None
+        if rounded is not None:
+            seen = rounded.seen(left)
+            shift += (own @ left * rounded.gain - text @ seen) * weight
+            moment += seen * weight
+            continue
+        left = left * weight
         moment += left
         if modality is not Modality.TEXT:
             shift += (own - text) @ left
