@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,12 @@ CONVEX = ConvexModalitySmoothing(tokens=64, steps=30)
 ARMS = {
     "masq": {"smoothing": CONVEX, "rounding": REMAINDER, "compensation": FILLED},
     "masq_rot": {"rotation": HadamardRotation(), "rounding": REMAINDER, "compensation": FILLED},
+    "rounded": {
+        "rotation": HadamardRotation(),
+        "centring": ModalityCentring(),
+        "rounding": replace(REMAINDER, inputs="rounded"),
+        "compensation": FILLED,
+    },
     "centred": {"centring": ModalityCentring(), "smoothing": CONVEX, "rounding": REMAINDER, "compensation": FILLED},
     "behind_smoothing": {
         "rotation": SmoothedHadamardRotation(),
@@ -59,7 +66,7 @@ def test_every_arm_runs_and_resumes_to_the_bit(tmp_path: Path, arm: str) -> None
     report = run(whole, tmp_path / "whole", arm)
     for block in report.blocks:
         assert all(0 < value < 80 for value in block["sqnr"].values())
-        assert ("gauge" in block) == (arm != "masq_rot")
+        assert ("gauge" in block) == (arm not in ("masq_rot", "rounded"))
         assert set(block["ranks"]) == {role.value for role in ALL_ROLES}
     with killed_after(1):
         run(make_nano(num_samples=2), tmp_path / "killed", arm)
