@@ -52,7 +52,7 @@ def test_all_cells_saw_the_same_data_and_weights(name: str) -> None:
     by_draw: dict[str, set[str]] = {}
     for record in stored:
         if "calibration" in record.provenance["data"]:
-            draw = str({key: record.config["calibration"].get(key) for key in ("seed", "samples_per_task", "mix")})
+            draw = str({key: record.config["calibration"].get(key) for key in ("source", "seed", "samples_per_task", "mix")})
             by_draw.setdefault(draw, set()).add(record.provenance["data"]["calibration"])
     assert all(len(hashes) == 1 for hashes in by_draw.values())
 
