@@ -24,82 +24,95 @@ Record = dict[str, Any]
 
 
 OF_MODALITY = dict(zip(MODALITIES, COLOURS, strict=False))
+FITS = {"plain": ":", "whitened": "-"}
 GAUGES = {"given": "factors as learned", "text": "at the scale of text's factor"}
 
 
-def smoothing_by_layer(record: Record) -> str:
-    """Figure 2: SQNR of layers under one factor for all and under the modality's own, mean over groups."""
-    modalities = list(record["blocks"][0]["qkv"]["ranges"])
-    with drawing(9, 3.2, len(ACTIVATIONS)) as (figure, panels):
-        for axes, (scheme, label) in zip(panels, ACTIVATIONS.items(), strict=True):
-            for modality in modalities:
-                for kind, style in {"shared": ":", "own": "-"}.items():
-                    values = [
-                        mean(group["sqnr"][scheme][modality][kind] for group in block.values())
-                        for block in record["blocks"]
-                    ]
-                    axes.plot(values, style, color=OF_MODALITY[modality], linewidth=1.3, label=f"{modality}, {kind}")
-            axes.set_title(label)
-            axes.set_xlabel("block")
+Curve = tuple[str, str, list[float]]
+"""Modality, style of the line, values."""
+
+
+def curves(panels: dict[str, dict[str, Curve]], axes_names: tuple[str, str], at: list[float], log: bool = False) -> str:
+    """Panels side by side, by title; in each the same curves by label, over ``at``, with one legend for all."""
+    with drawing(1.5 + 2.5 * max(len(panels), 2), 3.2, len(panels)) as (figure, found):
+        for axes, (title, lines) in zip([found] if len(panels) == 1 else found, panels.items(), strict=True):
+            for label, (modality, style, values) in lines.items():
+                axes.plot(at, values, style, color=OF_MODALITY[modality], linewidth=1.3, label=label)
+            axes.set_title(title)
+            axes.set_yscale("log" if log else "linear")
+            axes.set_xlabel(axes_names[0])
             axes.grid(alpha=0.25)
-        panels[0].set_ylabel("SQNR, dB")
-        panels[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-        return svg(figure, INK)
-
-
-def ranges_by_layer(record: Record) -> str:
-    """Figure 4: median over channels of a modality's range against text's, by block and group."""
-    groups = list(record["blocks"][0])
-    with drawing(9, 3.0, len(groups)) as (figure, panels):
-        for axes, group in zip(panels, groups, strict=True):
-            for modality in record["blocks"][0][group]["ranges"]:
-                values = [block[group]["ranges"][modality]["ratio_median"] for block in record["blocks"]]
-                axes.plot(values, color=OF_MODALITY[modality], linewidth=1.3, label=modality)
-            axes.set_title(group)
-            axes.set_yscale("log")
-            axes.set_xlabel("block")
-            axes.grid(alpha=0.25)
-        panels[0].set_ylabel("range / range of text")
-        panels[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-        return svg(figure, INK)
-
-
-def effective_ranks(record: Record) -> str:
-    """Figure 5: effective rank of what a correction must make up, mean over the linears of a block."""
-    keys = [key for key in next(iter(record["blocks"][0].values())) if key.startswith("given.")]
-    with drawing(7, 3.0) as (figure, axes):
-        for key in keys:
-            modality = key.split(".")[1]
-            for kind, style in {"plain": ":", "whitened": "-"}.items():
-                values = [
-                    100 * mean(linear[key]["effective_rank"][kind] for linear in block.values())
-                    for block in record["blocks"]
-                ]
-                axes.plot(values, style, color=OF_MODALITY[modality], linewidth=1.3, label=f"{modality}, {kind}")
-        axes.set_xlabel("block")
-        axes.set_ylabel("% of full rank")
-        axes.grid(alpha=0.25)
+        first = found if len(panels) == 1 else found[0]
+        first.set_ylabel(axes_names[1])
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         return svg(figure, INK)
 
 
+def _blocks(record: Record) -> list[float]:
+    return [float(index) for index in range(len(record["blocks"]))]
+
+
+def _modalities(record: Record) -> list[str]:
+    """Those that are corrected, in the measurement of residuals."""
+    return [key.split(".")[1] for key in next(iter(record["blocks"][0].values())) if key.startswith("given.")]
+
+
+def smoothing_by_layer(record: Record) -> str:
+    """Figure 2: SQNR of layers under one factor for all and under the modality's own, mean over groups."""
+
+    def values(scheme: str, modality: str, kind: str) -> list[float]:
+        return [mean(group["sqnr"][scheme][modality][kind] for group in block.values()) for block in record["blocks"]]
+
+    panels = {
+        label: {
+            f"{modality}, {kind}": (modality, style, values(scheme, modality, kind))
+            for modality in record["blocks"][0]["qkv"]["ranges"]
+            for kind, style in {"shared": ":", "own": "-"}.items()
+        }
+        for scheme, label in ACTIVATIONS.items()
+    }
+    return curves(panels, ("block", "SQNR, dB"), _blocks(record))
+
+
+def ranges_by_layer(record: Record) -> str:
+    """Figure 4: median over channels of a modality's range against text's, by block and group."""
+    panels = {
+        group: {
+            modality: (modality, "-", [block[group]["ranges"][modality]["ratio_median"] for block in record["blocks"]])
+            for modality in ranges["ranges"]
+        }
+        for group, ranges in record["blocks"][0].items()
+    }
+    return curves(panels, ("block", "range / range of text"), _blocks(record), log=True)
+
+
+def effective_ranks(record: Record) -> str:
+    """Figure 5: effective rank of what a correction must make up, mean over the linears of a block."""
+
+    def values(modality: str, kind: str) -> list[float]:
+        key = f"given.{modality}"
+        return [100 * mean(one[key]["effective_rank"][kind] for one in block.values()) for block in record["blocks"]]
+
+    lines = {f"{m}, {kind}": (m, style, values(m, kind)) for m in _modalities(record) for kind, style in FITS.items()}
+    return curves({"": lines}, ("block", "% of full rank"), _blocks(record))
+
+
 def sqnr_over_rank(record: Record) -> str:
     """Figure 6: SQNR over the rank ratio, mean over all linears, with and without whitening."""
-    modalities = [key.split(".")[1] for key in next(iter(record["blocks"][0].values())) if key.startswith("given.")]
-    with drawing(8, 3.2, len(GAUGES)) as (figure, panels):
-        for axes, (gauge, title) in zip(panels, GAUGES.items(), strict=True):
-            for modality in modalities:
-                for kind, style in {"plain": ":", "whitened": "-"}.items():
-                    found = [one[f"{gauge}.{modality}"] for block in record["blocks"] for one in block.values()]
-                    values = [mean(one["sqnr"][kind][at] for one in found) for at in range(len(record["ratios"]))]
-                    label = f"{modality}, {kind}"
-                    axes.plot(record["ratios"], values, style, color=OF_MODALITY[modality], linewidth=1.3, label=label)
-            axes.set_title(title)
-            axes.set_xlabel("rank ratio")
-            axes.grid(alpha=0.25)
-        panels[0].set_ylabel("SQNR, dB")
-        panels[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-        return svg(figure, INK)
+
+    def values(gauge: str, modality: str, kind: str) -> list[float]:
+        found = [one[f"{gauge}.{modality}"]["sqnr"][kind] for block in record["blocks"] for one in block.values()]
+        return [mean(one[at] for one in found) for at in range(len(record["ratios"]))]
+
+    panels = {
+        title: {
+            f"{m}, {kind}": (m, style, values(gauge, m, kind))
+            for m in _modalities(record)
+            for kind, style in FITS.items()
+        }
+        for gauge, title in GAUGES.items()
+    }
+    return curves(panels, ("rank ratio", "SQNR, dB"), record["ratios"])
 
 
 FIGURES: dict[str, tuple[str, Callable[[Record], str]]] = {

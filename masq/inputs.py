@@ -70,7 +70,7 @@ def _source(config: RunConfig, split: str) -> Path:
     from masq.models.zoo.smol_omni import data_path
 
     source = config.calibration.source if split == "calibration" else config.evaluation.source
-    if source in SPLITS and is_trained(config.model.source):
+    if split == "calibration" and source in SPLITS and is_trained(config.model.source):
         return data_path(source)
     if source != "auto":
         return Path(source)

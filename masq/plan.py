@@ -15,7 +15,7 @@ from masq.config import RunConfig, active_modalities, check_sizes, notes
 from masq.identity import folder_name
 from masq.models.architecture import architecture, count_parameters, linear_shapes
 from masq.models.config import Architecture
-from masq.models.zoo import SPLITS
+from masq.models.zoo import SPLITS, is_trained
 from masq.numerics.scheme import GROUP_ROLES
 from masq.planned_memory import Workload, memory_by_stage
 from masq.stored import DTYPE_BYTES, Stored, stored
@@ -104,7 +104,8 @@ def _absent_files(config: RunConfig) -> list[str]:
     return [
         f"{split}.source={source} is not on this machine"
         for split, source in sources.items()
-        if source not in ("auto", *SPLITS) and not Path(source).expanduser().is_file()
+        if source != "auto" and not Path(source).expanduser().is_file()
+        if not (split == "calibration" and source in SPLITS and is_trained(config.model.source))
     ]
 
 

@@ -17,7 +17,7 @@ class NoCompensation:
 
     @property
     def base(self) -> Literal["text"]:
-        """As there where something is corrected."""
+        """The stored weight has the factor of text, as it has by default where something is corrected."""
         return "text"
 
 

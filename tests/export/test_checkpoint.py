@@ -104,7 +104,8 @@ def test_the_simulation_answers_alike(cell, name, model):
     assert type(loaded) is type(made.adapter.model)
     found, wanted = logits(loaded, made.prompts), logits(made.adapter.model, made.prompts)
     alike = torch.isclose(found, wanted, rtol=1e-4, atol=1e-4).all(-1)
-    assert alike.float().mean() > 0.95
+    corrected = name not in ("rtn", "quarot")
+    assert alike.float().mean() > 0.95 if corrected else alike.all()
     assert (found - wanted).norm() < 1e-2 * wanted.norm()
     assert torch.equal(answers(loaded, made.prompts), answers(made.adapter.model, made.prompts))
 

@@ -635,6 +635,7 @@ void multiply(Product& p, int threads) {
   const int64_t together = cut.rows;
   // Sums of every panel, kept from some blocks to the next.
   int32_t* kept = cut.blocks < blocks ? (int32_t*)_mm_malloc(panels * together * kPanel * 4, 64) : nullptr;
+  if (cut.blocks < blocks && !kept) __builtin_trap();
   if (p.m * p.k * p.n < kParallelWork * 16) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

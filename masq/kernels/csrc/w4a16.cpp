@@ -352,11 +352,12 @@ void many_rows(const FloatProduct& p, int threads) {
 
 extern "C" void masq_gemm_w4a16(const void* x, int x_dtype, const uint32_t* w, const float* scale, const uint8_t* zero,
                                 int64_t group, int64_t groups, const float* bias, const int64_t* which_bias,
-                                const int32_t* places, const void* const* addends, const int64_t* starts, int parts, int addend_dtype,
-                                void* out, int out_dtype, int64_t m, int64_t n, int64_t k, int is_signed, int isa,
+                                const int32_t* places, const void* const* addends, const int64_t* starts, int parts,
+                                int addend_dtype, void* out, int out_dtype, int64_t m, int64_t n, int64_t k, int is_signed, int isa,
                                 int threads) {
   Addend addend{places, addends, starts, parts, addend_dtype};
-  FloatProduct p{x, x_dtype, w, scale, zero, group, groups, Bias{bias, which_bias}, addend, out, out_dtype, m, n, k, is_signed, isa};
+  const Bias biases{bias, which_bias};
+  FloatProduct p{x, x_dtype, w, scale, zero, group, groups, biases, addend, out, out_dtype, m, n, k, is_signed, isa};
   const int64_t few = p.isa == kAmx ? kFewBfloatRows : kFewPairedRows;
   if (p.isa >= kBf16 && p.x_dtype == kBfloat && p.m > few) many_rows(p, threads);
   else if (p.m) few_rows(p, threads);
