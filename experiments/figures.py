@@ -23,7 +23,7 @@ INK = "#808080"
 Record = dict[str, Any]
 
 
-OF_MODALITY = dict(zip(MODALITIES, COLOURS, strict=False))
+OF_MODALITY: dict[str, str] = dict(zip(MODALITIES, COLOURS, strict=False))
 FITS = {"plain": ":", "whitened": "-"}
 GAUGES = {"given": "factors as learned", "text": "at the scale of text's factor"}
 
@@ -35,16 +35,16 @@ Curve = tuple[str, str, list[float]]
 def curves(panels: dict[str, dict[str, Curve]], axes_names: tuple[str, str], at: list[float], log: bool = False) -> str:
     """Panels side by side, by title; in each the same curves by label, over ``at``, with one legend for all."""
     with drawing(1.5 + 2.5 * max(len(panels), 2), 3.2, len(panels)) as (figure, found):
-        for axes, (title, lines) in zip([found] if len(panels) == 1 else found, panels.items(), strict=True):
+        every = [found] if len(panels) == 1 else list(found)
+        for axes, (title, lines) in zip(every, panels.items(), strict=True):
             for label, (modality, style, values) in lines.items():
                 axes.plot(at, values, style, color=OF_MODALITY[modality], linewidth=1.3, label=label)
             axes.set_title(title)
             axes.set_yscale("log" if log else "linear")
             axes.set_xlabel(axes_names[0])
             axes.grid(alpha=0.25)
-        first = found if len(panels) == 1 else found[0]
-        first.set_ylabel(axes_names[1])
-        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        every[0].set_ylabel(axes_names[1])
+        every[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         return svg(figure, INK)
 
 
