@@ -197,3 +197,17 @@ def test_rounding_to_nearest_at_w4a6_loses_ten_points_on_two_tasks() -> None:
         if "exact_match" in metrics and metrics["exact_match"]["value"] - rtn[task]["exact_match"]["value"] >= 0.1
     ]
     assert len(lost) >= 2
+
+
+def test_the_layers_of_the_report_are_those_of_their_records() -> None:
+    from experiments.beyond import report
+
+    records = {scheme: read_json(RESULTS / "beyond" / f"layers-{scheme}.json") for scheme in report.SCHEMES}
+    page = report.page(records)
+    assert page == (RESULTS / "tables" / "beyond_layers.md").read_text()
+    rows = [line for line in page.splitlines() if line[:1] == "|"]
+    readme = (ROOT / "experiments" / "beyond" / "README.md").read_text()
+    assert all(row in readme for row in rows)
+    assert all(
+        not one["dirty"] for record in records.values() for runs in record["provenance"].values() for one in runs
+    )

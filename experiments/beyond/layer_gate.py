@@ -283,7 +283,7 @@ def run(scheme: str, names: Sequence[str], seeds: Sequence[int], blocks: Sequenc
     empty: dict[str, Any] = {"scheme": scheme, "samples_per_task": SAMPLES_PER_TASK, "arms": {}, "provenance": {}}
     record = json.loads(output.read_text()) if output.exists() else empty
     for seed in seeds:
-        todo = missing(record, names, blocks, seed)
+        todo, runs = missing(record, names, blocks, seed), record["provenance"].get(str(seed), [])
         configs = {name: compose([f"scheme={scheme}", f"seed={seed}", *arms()[name]]) for name in todo}
         of_rotation: dict[str, list[str]] = {}
         for name, config in configs.items():
@@ -306,7 +306,8 @@ def run(scheme: str, names: Sequence[str], seeds: Sequence[int], blocks: Sequenc
                     record["arms"].setdefault(name, {}).setdefault(str(seed), {})[str(index)] = found
                     _LOG.info("%s %s", name, found["block"])
                 hashes = {**chains.hashes, "model": fingerprint(config.model, None)}
-                record["provenance"][str(seed)] = provenance(seed, hashes, device=config.model.device)
+                # What was measured before keeps the commit and the machine that measured it.
+                record["provenance"][str(seed)] = [*runs, provenance(seed, hashes, device=config.model.device)]
                 atomic_write_json(output, record)
                 clock.tick("")
 

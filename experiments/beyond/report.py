@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from scipy.stats import t as student
@@ -48,6 +48,12 @@ def interval(differences: dict[tuple[str, str], float]) -> tuple[float, float]:
     return mean(means), float(student.ppf((1 + LEVEL) / 2, len(means) - 1)) * stdev(means) / len(means) ** 0.5
 
 
+def time_ratio(arm: dict[str, Any], base: dict[str, Any]) -> float:
+    """Median over cells of the seconds, as a share of the base's on the same block and seed."""
+    found, other = cells(arm), cells(base)
+    return median(found[key]["seconds"] / other[key]["seconds"] for key in found.keys() & other.keys())
+
+
 def passes(arm: dict[str, Any], base: dict[str, Any]) -> bool:
     """The gate of ``SHARE`` and the two limits."""
     text = gains(arm, base, "text")
@@ -57,7 +63,7 @@ def passes(arm: dict[str, Any], base: dict[str, Any]) -> bool:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Markdown: SQNR of the block output, gains with intervals, stored bits, seconds, verdict."""
+    """Markdown: SQNR of the block output, gains with intervals, bits, seconds and their ratio to the base, verdict."""
     base, lines = record["arms"][BASE], []
     for name, arm in record["arms"].items():
         found = cells(arm)
@@ -68,8 +74,18 @@ def table(record: dict[str, Any]) -> str:
             line.append("" if name == BASE else f"{middle:+.1f} ± {half:.1f}")
         line.append(f"{mean(one['bits']['total'] for one in found.values()):.2f}")
         line.append(f"{mean(one['seconds'] for one in found.values()):.0f}")
+        line.append(f"{time_ratio(arm, base):.2f}")
         lines.append([*line, "" if name == BASE else "yes" if passes(arm, base) else "no"])
-    headers = ["arm", "cells", *MODALITIES, *(f"{m} gain" for m in MODALITIES), "bits / weight", "seconds", "passes"]
+    headers = [
+        "arm",
+        "cells",
+        *MODALITIES,
+        *(f"{m} gain" for m in MODALITIES),
+        "bits / weight",
+        "seconds",
+        "time",
+        "passes",
+    ]
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -78,7 +94,7 @@ def page(records: dict[str, dict[str, Any]]) -> str:
     parts = ["<!-- python -m experiments.beyond.report -->", ""]
     for scheme, record in records.items():
         seeds = ", ".join(sorted({seed for arm in record["arms"].values() for seed in arm}))
-        devices = " and ".join(sorted({one["device_name"] for one in record["provenance"].values()}))
+        devices = " and ".join(sorted({one["device_name"] for runs in record["provenance"].values() for one in runs}))
         parts += [f"**{scheme}**, seeds {seeds}, one thread on {devices}", "", table(record), ""]
     return "\n".join(parts)
 
