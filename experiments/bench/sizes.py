@@ -111,7 +111,8 @@ def quantized(name: str, method: str, checkpoint: Path, root: Path, threads: int
     """Quantize: what it took, and the folder of the run."""
     cell = overrides(name, method, checkpoint, root, threads)
     found = timed([sys.executable, "-m", "masq", "run", *cell])
-    folder = next(path for path in root.glob(f"{name}-*-{method}-*") if path.is_dir())
+    # The only run there; its name also says what differs from the method as it is.
+    folder = next(path.parent for path in root.glob("*/record.json"))
     record = read_record(folder / "record.json")
     return {
         **found,
