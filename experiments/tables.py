@@ -26,8 +26,8 @@ from masq.experiment.definition import Experiment, changed, experiment
 from masq.experiment.records import RecordIndex, cell_key, is_not_run, missing, render, rows, stored_name
 from masq.experiment.running import distinct, run_experiment
 from masq.plan import plan
+from masq.report.labels import is_float
 from masq.report.record import RunRecord
-from masq.report.table import is_float
 from masq.sweep import show_progress
 
 RESULTS = Path(__file__).parent.parent / "results"

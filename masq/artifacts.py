@@ -40,6 +40,8 @@ class Artifacts:
         }
         """What the activations of the float model on the calibration set depend on."""
         self.evaluation = hashes["evaluation"]
+        self.towers = {"towers": plain["towers"]} if "towers" in plain else {}
+        """Calibration sees what rounded towers give; gradients and outputs of the float model know nothing of them."""
 
     def note(self, what: str, folder: Path, is_complete: bool) -> None:
         """Warn if another program worked on ``folder``; note this one if it goes on. The first process does that."""
@@ -54,7 +56,7 @@ class Artifacts:
         chain = self.config.calibration.chain
         parts = {"scheme": self.scheme, "rotation": self.method["rotation"], "smoothing": self.method["smoothing"]}
         known = {"chain": chain} if chain != "quantized" else {}
-        return self._folder("factors", {**self.float_model, **parts, "seed": self.config.seed, **known})
+        return self._folder("factors", {**self.float_model, **parts, "seed": self.config.seed, **known, **self.towers})
 
     def gradients(self, own: Path) -> Path:
         """Gradients of the loss of the float model, which no rotation changes; without a cache below ``own``."""
@@ -72,7 +74,7 @@ class Artifacts:
             return None
         rotation = self.method["rotation"]
         signs = {} if rotation["kind"] == "none" else {"seed": self.config.seed}
-        folder = self._folder("statistics", {**self.float_model, "rotation": rotation, **signs})
+        folder = self._folder("statistics", {**self.float_model, "rotation": rotation, **signs, **self.towers})
         self.note("statistics", folder, False)
         return StatisticsCache(folder)
 

@@ -223,8 +223,8 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from masq.export import checkpoint, compressed_tensors
+    from masq.finished import load_finished
     from masq.report.record import read_record
-    from masq.run import load_finished
 
     run, folder = Path(options.run), Path(options.folder)
     checkpoint.require_new(folder)

@@ -19,7 +19,7 @@ from masq.errors import ConfigError, unknown_name
 from masq.evaluation.config import EvaluationConfig
 from masq.kernels import AUTO, KERNELS
 from masq.models.config import Architecture, ModelConfig
-from masq.numerics.scheme import Scheme
+from masq.numerics.scheme import NoTowers, Scheme, Towers
 from masq.rounding.config import NearestRounding, NoRounding, Rounding
 from masq.transforms.config import LearnedSmoothing, NoSmoothing, SearchedSmoothing, Smoothing
 from masq.transforms.frame import Centring, NoCentring, NoRotation, Rotation
@@ -116,6 +116,7 @@ class RunConfig:
         execution: ``simulated`` keeps integer codes in bytes and multiplies them in torch; ``packed`` keeps the stored
             bits and multiplies by a kernel, so that scores and fidelity come from what would be deployed.
         kernel: of packed execution, ``auto`` for the fastest that can run each linear.
+        towers: what becomes of the vision and audio towers.
         preset: name of a set of overrides that was used, shown under tables.
     """
 
@@ -131,6 +132,7 @@ class RunConfig:
     preset: str | None = None
     execution: Literal["simulated", "packed"] = "simulated"
     kernel: str = AUTO
+    towers: Towers = field(default_factory=NoTowers)
 
     def __post_init__(self) -> None:
         """Refuse combinations that cannot run or mean nothing.
@@ -222,6 +224,8 @@ def notes(config: RunConfig) -> list[str]:
     found = []
     if config.method.is_float and not config.scheme.is_float:
         found.append(f"method {config.method.name} keeps the float model: scheme {config.scheme.name} is ignored")
+    if config.towers.kind != "none":
+        found.append(f"towers are rounded to nearest at {config.towers.name}")
     if config.method.stores_weight_per_modality:
         found.append(f"method {config.method.name} stores one weight per modality: an upper bound, not deployable")
     return found
@@ -276,7 +280,9 @@ def _check_base(method: MethodConfig) -> None:
 
 
 def _check_execution(config: RunConfig) -> None:
-    if config.kernel != AUTO and config.kernel not in KERNELS:
+    if config.method.is_float and config.towers.kind != "none":
+        raise ConfigError("a method that rounds nothing leaves towers in float", remedy="set towers=none")
+    if config.kernel not in (AUTO, *KERNELS.names()):
         raise unknown_name("kernel", config.kernel, [AUTO, *KERNELS.names()])
     if config.execution == "simulated" and config.kernel != AUTO:
         raise ConfigError(

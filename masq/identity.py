@@ -29,6 +29,7 @@ def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
         (plain["calibration"], "mix", None),
         (plain["calibration"], "chain", "quantized"),
         (plain["method"], "centring", {"kind": "none"}),
+        (plain, "towers", {"kind": "none"}),
     ):
         if group.get(key) == not_there:
             group.pop(key, None)
@@ -65,6 +66,8 @@ def identity(config: RunConfig, hashes: Mapping[str, Any]) -> str:
 def folder_name(config: RunConfig, key: str) -> str:
     """Name of the run's folder: what a human looks for, then enough of the identity ``key`` to be unique."""
     scheme = "float" if config.method.is_float else config.scheme.name
+    if config.towers.kind != "none":
+        scheme += f"+towers={config.towers.name}"
     names = (config.model.name, config.modality.name, scheme, config.method.name)
     return "-".join([*(re.sub(r"[^\w.+=-]+", "_", name) for name in names), key[:10]])
 

@@ -224,6 +224,8 @@ def _steps(config: RunConfig, sizes: Architecture, workload: Workload) -> list[s
             f"rotation {method.rotation.kind}, smoothing {method.smoothing.kind}, rounding {method.rounding.kind}, "
             f"compensation {method.compensation.kind}",
         ]
+    if config.towers.kind != "none":
+        steps.insert(1, f"round the linears of the towers to {config.towers.name}")
     scored = f"{config.evaluation.samples_per_task} samples of each task"
     if config.evaluation.samples_per_task is None:
         scored = f"the whole {config.evaluation.split} split"

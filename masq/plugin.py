@@ -13,7 +13,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 
 from masq.errors import ConfigError
 from masq.evaluation.multimodal import MasqLmms
-from masq.run import load_finished
+from masq.finished import load_finished
 
 
 class MasqRun(MasqLmms):

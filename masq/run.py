@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from masq import parallel
 from masq.artifacts import Artifacts
-from masq.config import RunConfig, active_modalities, check_sizes, decode, notes, to_dict
-from masq.errors import DataError
+from masq.config import RunConfig, active_modalities, check_sizes, notes, to_dict
 from masq.files import atomic_write_bytes, clear_scratch, exclusive, require_writable_folder
+from masq.finished import finished_record, stages_of
 from masq.identity import identity, run_folder
 from masq.inputs import load_data
 from masq.report.memory import peak_memory, reset_peak_memory
 from masq.report.provenance import provenance
-from masq.report.record import RunRecord, read_record, write_record
+from masq.report.record import RunRecord, write_record
 from masq.report.sessions import add_session, differences, sessions
 from masq.report.sinks import WandbRun, require_wandb, shown_by
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from masq.models.base import ModelAdapter, Sample
     from masq.modules.modality import ModalityContext
-    from masq.pipeline.assembly import Stages
     from masq.report.record import ScoreEntry
 
 _LOG = logging.getLogger(__name__)
@@ -58,12 +57,12 @@ def run(config: RunConfig) -> RunRecord:
     hashes["model"] = _checked_model(config)
     key = identity(config, hashes)
     folder = run_folder(config, key)
-    finished = _finished(folder)
+    finished = finished_record(folder)
     if finished is None:
         require_writable_folder(folder)
         with exclusive(folder / LOCK):
             # Another process may have finished it since.
-            finished = _finished(folder)
+            finished = finished_record(folder)
             if finished is None:
                 return _run(config, data, hashes, warnings, key)
     _LOG.info("%s: finished before, skipped", folder.name)
@@ -91,7 +90,7 @@ def assist(config: RunConfig) -> None:
     hashes["model"] = _checked_model(config)
     key = identity(config, hashes)
     folder = run_folder(config, key)
-    if config.method.is_float or _finished(folder) is not None:
+    if config.method.is_float or finished_record(folder) is not None:
         return
     _set_threads(config.threads)
     record = RunRecord.start(key, _public_config(config), {})
@@ -142,9 +141,8 @@ def _fill(
 ) -> None:
     """The stages of a run, each timed; what is finished is in the record even if a later stage fails."""
     from masq.models.loading import load
-    from masq.modules.footprint import footprint
     from masq.modules.modality import install
-    from masq.modules.packed_linear import pack_blocks
+    from masq.modules.packed_linear import pack_model
 
     # Only the active modalities exist for this run: a dual run of a tri-modal model never looks at audio.
     model = replace(config.model, modalities=active_modalities(config))
@@ -155,8 +153,8 @@ def _fill(
         _quantize(record, config, adapter, context, data["calibration"], hashes, folder)
         if config.execution == "packed":
             with _timed(record, "pack"):
-                record.provenance["kernels"] = pack_blocks(adapter.visited_blocks("stay"), config.kernel)
-    record.effective_bits = footprint(adapter.blocks()).to_dict()
+                record.provenance["kernels"] = pack_model(adapter, config.kernel)
+    record.effective_bits = _stored_bits(adapter)
     if config.evaluation.score or config.evaluation.benchmarks:
         with _timed(record, "evaluate"):
             _score(record, config, adapter, data, folder)
@@ -166,6 +164,15 @@ def _fill(
             record.fidelity = _fidelity(config, load(model, folder), adapter, data["evaluation"], folder, kept)
     handle.remove()
     record.peak_memory_bytes = peak_memory(config.model.device)
+
+
+def _stored_bits(adapter: ModelAdapter) -> dict[str, float]:
+    """The `effective_bits` of a record: of the decoder, and of towers that are quantized."""
+    from masq.modules.footprint import footprint, footprint_of
+    from masq.modules.packed_linear import tower_linears
+
+    towers = {"towers": footprint_of(found).effective_bits} if (found := tower_linears(adapter)) else {}
+    return {**footprint(adapter.blocks()).to_dict(), **towers}
 
 
 def _score(
@@ -207,7 +214,7 @@ def _quantize(
     from masq.pipeline.loop import quantize
     from masq.pipeline.store import BlockStore
 
-    stages = _stages(config)
+    stages = stages_of(config)
     artifacts = Artifacts(config, hashes, record)
     factors = BlockStore(artifacts.factors())
     if stages.learns:
@@ -229,62 +236,6 @@ def _quantize(
     record.timings.update(report.seconds)
 
 
-def _stages(config: RunConfig) -> Stages:
-    """The method of a run that quantizes."""
-    from masq.pipeline.assembly import Stages
-    from masq.rounding.config import NoRounding
-
-    method = config.method
-    assert not isinstance(method.rounding, NoRounding)
-    return Stages(
-        method.smoothing,
-        method.rounding,
-        method.compensation,
-        config.scheme,
-        config.seed,
-        method.rotation,
-        method.centring,
-        config.calibration.chain,
-    )
-
-
-def load_finished(folder: Path, device: str | None = None, *, pack: bool = True) -> ModelAdapter:
-    """The model of a finished run, its modality hook installed, without calibrating again.
-
-    Args:
-        folder: of the run: ``config.yaml``, ``record.json`` and the stored blocks.
-        device: where to put it, None for where it was made.
-        pack: hand the weights to kernels if the run did. What is only to be written needs none, and a model whose
-            weights are streamed stays on disk without.
-
-    Raises:
-        DataError: no finished run there, or a block is missing or damaged.
-    """
-    import yaml
-
-    from masq.models.loading import load
-    from masq.modules.modality import install
-    from masq.modules.packed_linear import pack_blocks
-    from masq.pipeline.loop import restore
-    from masq.pipeline.store import BlockStore
-
-    if _finished(folder) is None:
-        raise DataError(
-            "the folder must hold a finished run",
-            value=folder.name,
-            remedy="give the folder that masq run named: <output.root>/<model>-<modality>-<scheme>-<method>-<identity>",
-        )
-    config = decode(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-    model = replace(config.model, modalities=active_modalities(config), device=device or config.model.device)
-    adapter = load(model, folder)
-    context, _ = install(adapter)
-    if not config.method.is_float:
-        restore(adapter, _stages(config), context, BlockStore(folder / "blocks"))
-        if pack and config.execution == "packed":
-            pack_blocks(adapter.visited_blocks("stay"), config.kernel)
-    return adapter
-
-
 def _fidelity(
     config: RunConfig,
     reference: ModelAdapter,
@@ -299,7 +250,8 @@ def _fidelity(
 
     samples = limit_per_task(samples, config.evaluation.fidelity_samples_per_task)
     groups = batches(samples, config.evaluation.batch_size)
-    return fidelity(reference, adapter, groups, folder / "fidelity", keep=kept)
+    towers = config.towers.kind != "none"
+    return fidelity(reference, adapter, groups, folder / "fidelity", keep=kept, towers=towers)
 
 
 def _checked_model(config: RunConfig) -> str:
@@ -325,15 +277,6 @@ def _public_config(config: RunConfig) -> dict[str, Any]:
         if plain[group][key] is not None and Path(plain[group][key]).is_absolute():
             plain[group][key] = Path(plain[group][key]).name
     return plain
-
-
-def _finished(folder: Path) -> RunRecord | None:
-    """The record of a finished run in ``folder``; a failed or unreadable one is run again."""
-    try:
-        record = read_record(folder / "record.json")
-    except DataError:
-        return None
-    return record if record.status == "finished" else None
 
 
 def _set_threads(threads: int | None) -> None:

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 from masq.config import decode
 from masq.export import checkpoint
+from masq.finished import load_finished
 from masq.models.config import TAKES
 from masq.models.zoo import nano
 from masq.plan import plan
 from masq.report.record import RunRecord, comparable
-from masq.run import load_finished, run
+from masq.run import run
 from tests.nano_fixtures import NANO
 from tests.test_run import METHODS, write_split
 

@@ -20,6 +20,7 @@ from masq.compose import compose
 from masq.config import RunConfig, decode
 from masq.errors import ConfigError, DataError
 from masq.evaluation.evaluate import evaluate
+from masq.finished import load_finished
 from masq.inputs import load_data
 from masq.models.base import Sample
 from masq.models.zoo import nano
@@ -27,7 +28,7 @@ from masq.modules.footprint import footprint
 from masq.plan import plan
 from masq.report.record import RunRecord, comparable, read_record
 from masq.report.table import table
-from masq.run import load_finished, run
+from masq.run import run
 from tests.killing import kill_all
 
 TASKS = {"read": ("vision",), "speech": ("audio",), "same": ("vision", "audio"), "manual": (), "choice": ()}

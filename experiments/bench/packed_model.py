@@ -24,6 +24,7 @@ from experiments.bench.interleaved import interleave
 from masq.calibration.data import load_samples
 from masq.compose import compose
 from masq.files import atomic_write_bytes, atomic_write_json
+from masq.finished import load_finished
 from masq.models.base import GROUPS, BlockAdapter, EncodedBatch, Modality, ModelAdapter, Role
 from masq.models.decoder import LlamaBlock
 from masq.models.zoo.smol_omni import data_path
@@ -35,7 +36,7 @@ from masq.numerics.affine import quantize
 from masq.numerics.low_rank import Factors, encode
 from masq.numerics.scheme import Scheme
 from masq.report.provenance import provenance
-from masq.run import load_finished, run
+from masq.run import run
 
 log = logging.getLogger(__name__)
 

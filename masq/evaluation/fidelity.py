@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from masq.calibration.replay import capture
 from masq.errors import DataError, NumericalError
 from masq.evaluation.batch_store import BatchStore, Progress, ProgressLog, named_batches, run_batches
 from masq.evaluation.float_outputs import FloatBatch, FloatOutputs, block_outputs
@@ -39,6 +40,7 @@ FIRST = "first"
 """Group of each sequence's first real token: one massive activation there would decide the mean of all tokens."""
 
 _TOKEN_MODALITIES = tuple(modality for modality in Modality if modality is not Modality.PADDING)
+_MEDIA = tuple(modality.name.lower() for modality in _TOKEN_MODALITIES if modality is not Modality.TEXT)
 _LIKELIHOODS = ("nll", "nll_float", "nll_increase", "kl")
 
 
@@ -49,6 +51,7 @@ def fidelity(
     folder: Path,
     progress: Progress | None = None,
     keep: Path | None = None,
+    towers: bool = False,
 ) -> dict[str, Any]:
     """Compare a quantized model with its float original on held-out samples.
 
@@ -67,10 +70,12 @@ def fidelity(
         folder: sums of finished batches are kept there; it must not be shared between models.
         progress: told after every batch; logs a line by default.
         keep: where outputs of the float model are kept for other calls, see ``FloatOutputs``.
+        towers: also compare what the vision and audio towers give the decoder.
 
     Returns:
         ``sqnr`` {text, vision, audio} headline in dB, ``sqnr_first`` the same for first tokens,
-        ``sqnr_by_block`` a list of {text, vision, audio, first}; ``nll``, ``nll_float``, ``nll_increase`` (quantized
+        ``sqnr_by_block`` a list of {text, vision, audio, first}; with ``towers`` also ``sqnr_towers`` {vision, audio}
+        of the tokens that enter the first block; ``nll``, ``nll_float``, ``nll_increase`` (quantized
         minus float, paired) and ``kl``, each {text, vision, audio, joint}; ``standard_error`` of all of them over
         samples (null for one sample); ``num_tokens``, ``num_samples``, ``num_answer_tokens``. A key that no sample
         belongs to is absent.
@@ -87,6 +92,9 @@ def fidelity(
     def compute(samples: Sequence[Sample]) -> list[dict[str, Any]]:
         batch = reference.encode(samples, with_answer=True)
         measured = _compare(reference, quantized, batch, outputs(samples, batch))
+        if towers:
+            entering = _entering(reference, quantized, batch)
+            measured = [{**sums, "entering": own} for sums, own in zip(measured, entering, strict=True)]
         return [
             {"id": sample.id, "kind": sample_kind(sample), **sums}
             for sample, sums in zip(samples, measured, strict=True)
@@ -133,6 +141,18 @@ def _compare(
         }
         for index in range(counts.shape[1])
     ]
+
+
+def _entering(reference: ModelAdapter, quantized: ModelAdapter, batch: EncodedBatch) -> list[dict[str, Any]]:
+    """By sample, sums of the SQNR of media tokens where they enter the decoder."""
+    (expected,), _ = capture(reference, [batch])
+    (found,), _ = capture(quantized, [batch.to(quantized.device)])
+    groups = {name: mask for name, mask in token_groups(batch.modality).items() if name in _MEDIA}
+    _require_finite(found, groups, "the towers")
+    tokens = token_sqnr(expected, quantized.in_own_basis(found).to(expected.device)).cpu()
+    counts = torch.stack([mask.sum(1) for mask in groups.values()])
+    sums = torch.stack([tokens.where(mask, 0.0).sum(1) for mask in groups.values()])
+    return [_present(groups, counts[:, index], sums[:, index]) for index in range(counts.shape[1])]
 
 
 def token_groups(modality: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -197,8 +217,21 @@ def summarize(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     errors: dict[str, Any] = {}
     result: dict[str, Any] = {**_summarize_sqnr(entries, errors), **_summarize_likelihoods(entries, errors)}
+    if any("entering" in entry for entry in entries):
+        result["sqnr_towers"], errors["sqnr_towers"] = _summarize_towers(entries)
     tokens = {name: sum(entry["num_tokens"].get(name, 0) for entry in entries) for name in _groups_of(entries)}
     return {**result, "standard_error": errors, "num_tokens": tokens}
+
+
+def _summarize_towers(entries: Sequence[dict[str, Any]]) -> tuple[dict[str, float], dict[str, float | None]]:
+    """Means over media tokens, and their standard errors over samples."""
+    found = {}
+    for name in _MEDIA:
+        having = [entry for entry in entries if name in entry["entering"]]
+        if having:
+            sums, counts = ([entry[key][name] for entry in having] for key in ("entering", "num_tokens"))
+            found[name] = ratio(sums, counts)
+    return {name: one[0] for name, one in found.items()}, {name: one[1] for name, one in found.items()}
 
 
 def _groups_of(entries: Sequence[dict[str, Any]]) -> list[str]:

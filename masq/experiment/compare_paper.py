@@ -18,8 +18,9 @@ from masq.evaluation.statistics import paired
 from masq.experiment.definition import Experiment
 from masq.experiment.records import RecordIndex, rows
 from masq.experiment.reported import FLOAT_BITS, FLOAT_METHOD, Benchmark, Reported, names, reported
+from masq.report.labels import ABSENT, is_float
 from masq.report.record import RunRecord
-from masq.report.table import ABSENT, is_float, text_table
+from masq.report.table import text_table
 
 Verdict = Literal["agrees", "differs", "not distinguishable", "float within two s.e. there", "not run"]
 _NORMAL = 1.959963984540054

@@ -13,7 +13,7 @@ from masq.models.loading import FAMILIES
 from masq.models.rotated import RotatedInput
 from masq.models.sample import Modality
 from masq.models.tokens import TokenModalities
-from masq.modules.modality import ModalityContext, install
+from masq.modules.modality import ModalityContext, Unlabelled, install
 from masq.modules.packed_linear import PackedLinear
 from masq.modules.stack import stack
 
@@ -59,7 +59,7 @@ def assemble(model: Any, description: Description) -> None:
         for name, entry in description.linears.items():
             linear = _linear(model, name)
             _check_fits(name, linear, entry)
-            model.set_submodule(name, _empty(entry, context))
+            model.set_submodule(name, _empty(entry, Unlabelled() if entry.tower else context))
 
 
 def check_complete(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:

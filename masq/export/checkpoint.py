@@ -4,19 +4,20 @@
 the class that ``config.json`` names under ``architectures``; the automatic one does not know all of them), and
 ``AutoProcessor.from_pretrained(folder)`` its processor. ``load`` is the same with every error one of masq.
 
-Versions 1 to 3 of the format
+Versions 1 to 4 of the format
     ``config.json``
         The model's own, with ``tie_word_embeddings`` as the weights are, and ``quantization_config``:
 
-        - ``quant_method`` "masq", ``version``: the first that can say it, 3 where a linear has centres, else 2 where
-          one has int8 factors, else 1.
+        - ``quant_method`` "masq", ``version``: the first that can say it, 4 where a tower is quantized, else 3 where
+          a linear has centres, else 2 where one has int8 factors, else 1.
         - ``formats``: list of {"weight", "activation"}, each {"bits", "symmetric", "granularity", "group_size"}
           (``masq.numerics.scheme.TensorFormat``); an activation is null where it stays in float.
         - ``linears``: by module name, every quantized linear: ``in_features`` I, ``out_features`` O, ``format`` (number
           in ``formats``), ``bias`` (dtype or null), ``smoothing`` U (number of distinct smoothing vectors applied at
           run time), ``ranks`` (R of the low-rank correction by modality), ``factor_dtype``, and ``group``: linears
           with one number read the same input, and may be run as one; ``centres`` K (number of centres and biases of
-          modalities), left out where there are none.
+          modalities), left out where there are none; ``tower``, true of linears of the vision and audio towers, else
+          left out.
         - ``rotation``: ``inputs``, the modules whose input is multiplied by a Hadamard matrix at run time
           (``masq.numerics.hadamard.rotate``; signs are tensors); ``residual``, whether the residual stream is in a
           rotated basis, which nothing has to undo.
@@ -77,7 +78,7 @@ from masq.export.description import Description
 from masq.export.shards import write_portions
 from masq.kernels import AUTO
 from masq.models.base import GROUPS
-from masq.modules.packed_linear import PackedLinear
+from masq.modules.packed_linear import PackedLinear, tower_linears
 from masq.numerics.low_rank import QMAX
 
 if TYPE_CHECKING:
@@ -269,7 +270,8 @@ def _groups(adapter: ModelAdapter) -> dict[torch.nn.Module, int]:
     for index, block in enumerate(adapter.blocks()):
         for number, roles in enumerate(GROUPS.values()):
             found |= {block.linear(role): index * len(GROUPS) + number for role in roles}
-    return found
+    alone = len(adapter.blocks()) * len(GROUPS)
+    return found | {linear: alone + number for number, linear in enumerate(tower_linears(adapter))}
 
 
 def _check_values(name: str, file: Any, description: Description) -> None:

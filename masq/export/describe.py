@@ -10,6 +10,7 @@ import torch
 from masq.errors import ModelError
 from masq.export.description import FACTOR_DTYPES, SIDES, STORED_DTYPES, Description, LinearEntry
 from masq.models.rotated import RotatedInput
+from masq.modules.modality import Unlabelled
 from masq.modules.packed_linear import PackedLinear
 from masq.modules.quant_linear import QuantLinear
 from masq.numerics.scheme import LinearFormat
@@ -147,6 +148,7 @@ def _entry(module: QuantLinear | PackedLinear, group: int) -> LinearEntry:
         factor_dtype=next(iter(factor_dtypes), None),
         group=group,
         centres=0 if module.centre is None else len(module.centre),
+        tower=isinstance(module.context, Unlabelled),
     )
 
 

@@ -16,7 +16,7 @@ from masq.models.sample import Modality
 from masq.numerics.scheme import LinearFormat, TensorFormat
 
 METHOD = "masq"
-VERSIONS = (1, 2, 3)
+VERSIONS = (1, 2, 3, 4)
 """Of the format, of which the first that can say all is written: 2 has int8 factors, 3 has centres."""
 SIDES = tuple(m.name.lower() for m in Modality if m is not Modality.PADDING)
 """Names of the modalities of tokens, in the order of their ids."""
@@ -45,6 +45,7 @@ class LinearEntry:
         factor_dtype: dtype of the corrections' factors, int8 for codes with scales, None without corrections.
         group: linears with the same number read the same input.
         centres: K, the number of centres, and of biases; 0 for none.
+        tower: whether it is of a vision or audio tower, whose rows are no tokens.
     """
 
     in_features: int
@@ -56,6 +57,7 @@ class LinearEntry:
     factor_dtype: str | None
     group: int
     centres: int = 0
+    tower: bool = False
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype (as safetensors writes it) and shape of every stored tensor, by its name below the linear's."""
@@ -109,6 +111,8 @@ class Description:
     @property
     def version(self) -> int:
         """Of the format: the first that can say this."""
+        if any(entry.tower for entry in self.linears.values()):
+            return 4
         if any(entry.centres for entry in self.linears.values()):
             return 3
         return 2 if any(entry.factor_dtype == "int8" for entry in self.linears.values()) else 1
@@ -171,10 +175,7 @@ class Description:
             config_sha256=_text(content["config_sha256"], "config_sha256"),
         )
         if found.version != content["version"]:
-            raise _error(
-                "version 3 has centres, 2 int8 factors and none, 1 neither",
-                content["version"],
-            )
+            raise _error("version 4 has towers, 3 else centres, 2 else int8 factors, 1 none", content["version"])
         return found
 
 
@@ -189,12 +190,13 @@ def _entry_to_dict(entry: LinearEntry, formats: list[LinearFormat]) -> dict[str,
         "factor_dtype": entry.factor_dtype,
         "group": entry.group,
         **({"centres": entry.centres} if entry.centres else {}),
+        **({"tower": True} if entry.tower else {}),
     }
 
 
 def _entry(name: str, content: Any, formats: list[LinearFormat]) -> LinearEntry:
     content = _object(content, name)
-    _check_keys(content, set(LinearEntry.__dataclass_fields__) - ({"centres"} - content.keys()), name)
+    _check_keys(content, set(LinearEntry.__dataclass_fields__) - ({"centres", "tower"} - content.keys()), name)
     d_in, d_out = (_integer(content[key], f"{name}.{key}", 1, _MAX_FEATURES) for key in ("in_features", "out_features"))
     fmt = formats[_integer(content["format"], f"{name}.format", 0, len(formats) - 1)]
     if d_in % (fmt.weight.group_size or 1):
@@ -209,6 +211,10 @@ def _entry(name: str, content: Any, formats: list[LinearFormat]) -> LinearEntry:
     centres = _integer(content["centres"], f"{name}.centres", 1, len(SIDES)) if "centres" in content else 0
     if centres and content["bias"] is None:
         raise _error(f"{name}: centres need a bias", None)
+    if (tower := _boolean(content.get("tower", False), f"{name}.tower")) and (centres or ranks or content["smoothing"]):
+        raise _error(
+            f"{name}: rows of towers are no tokens, so nothing depends on their modality", "centres or factors"
+        )
     return LinearEntry(
         in_features=d_in,
         out_features=d_out,
@@ -219,6 +225,7 @@ def _entry(name: str, content: Any, formats: list[LinearFormat]) -> LinearEntry:
         factor_dtype=factor_dtype,
         group=_integer(content["group"], f"{name}.group", 0, _MAX_LINEARS),
         centres=centres,
+        tower=tower,
     )
 
 

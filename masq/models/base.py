@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from masq.errors import ModelError, memory_errors_of
-from masq.models.residence import Residence
+from masq.models.residence import Residence, cover
 from masq.models.sample import Modality as Modality
 from masq.models.sample import Sample as Sample
 from masq.models.tokens import TokenModalities
@@ -137,6 +137,7 @@ class ModelAdapter(ABC):
     """
 
     modalities: tuple[Modality, ...] = (Modality.TEXT,)
+    _towers: dict[str, nn.Module] | None
 
     def __init__(
         self, model: Any, processor: Any, *, min_pixels: int | None = None, max_pixels: int | None = None
@@ -152,7 +153,7 @@ class ModelAdapter(ABC):
         self.pad_id = int(self.end_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
         self._token_modalities = TokenModalities(self.placeholders())
         self.residual_signs: torch.Tensor | None = None
-        self.residence = Residence()
+        self.residence, self._towers = Residence(), None
         # generate() fills what a caller leaves open from here; a published file would make it sample.
         self.model.generation_config = generation.greedy_config(self.end_ids, self.pad_id, self.placeholders())
         self.check_blocks()
@@ -173,6 +174,18 @@ class ModelAdapter(ABC):
     def staying_parts(self) -> list[nn.Module]:
         """Parts that stay in memory where weights are streamed."""
         return []
+
+    def towers(self) -> dict[str, nn.Module]:
+        """What makes media tokens, by name: the vision and audio towers and projectors that are modules of their own.
+
+        They are the largest modules beside ``parts``, and come and go as wholes where weights are streamed.
+        """
+        if self._towers is None:
+            # Asked once, while they have parameters.
+            parts = set(self.parts())
+            names = {module: name for name, module in self.model.named_modules()}
+            self._towers = {names[module]: module for module in cover(self.model, list(parts)) if module not in parts}
+        return self._towers
 
     def visited_blocks(self, after: After = "forget") -> Iterator[BlockAdapter]:
         """Decoder blocks in order of execution, each with its weights in memory until the loop moves on.

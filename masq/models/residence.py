@@ -124,7 +124,7 @@ class StreamedResidence(Residence):
         self._overflow = Overflow(self.folder)
         # A tensor that two parts share (a tied head) is one object in both places, present or away.
         self._present: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
-        self._parts = {module: _Part(module, number) for number, module in enumerate(_cover(model, list(parts)))}
+        self._parts = {module: _Part(module, number) for number, module in enumerate(cover(model, parts))}
         for part in self._parts.values():
             self._evict(part)
             part.module.register_forward_pre_hook(self._before)
@@ -292,7 +292,7 @@ def _alone(module: nn.Module) -> nn.Module:
     return alone
 
 
-def _cover(model: nn.Module, parts: list[nn.Module]) -> list[nn.Module]:
+def cover(model: nn.Module, parts: Sequence[nn.Module]) -> list[nn.Module]:
     """``parts`` and, beside them, the largest modules with weights that hold none of them, in the model's order."""
     named = set(parts)
 

@@ -81,6 +81,11 @@ def footprint(blocks: Iterable[BlockAdapter]) -> Footprint:
     return total
 
 
+def footprint_of(linears: Iterable[nn.Module]) -> Footprint:
+    """Footprint of linears that share no input."""
+    return sum((_linear_footprint(linear, counts_shared=True) for linear in linears), Footprint())
+
+
 def _linear_footprint(linear: nn.Module, *, counts_shared: bool) -> Footprint:
     """Footprint of one linear; the linears of a group share smoothing and centres, counted at the first."""
     if not isinstance(linear, QuantLinear | PackedLinear):

@@ -154,6 +154,17 @@ class ModalityContext:
         self.set(self._override.to(embeds.device))
 
 
+class Unlabelled(ModalityContext):
+    """The context of linears in towers, whose rows are no tokens: whoever asks for a modality gets that of text.
+
+    Only for linears without factors, centres and corrections, which do the same to every row.
+    """
+
+    def current(self, batch: int, tokens: int) -> torch.Tensor:
+        """int8 [batch, tokens], text."""
+        return torch.zeros(batch, tokens, dtype=torch.int8)
+
+
 @dataclass(frozen=True)
 class HookHandle:
     """Removes every hook that ``install`` placed."""

@@ -32,7 +32,7 @@ from masq.numerics.packing import NIBBLE_BITS, PackedWeight, pack
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from masq.models.base import BlockAdapter
+    from masq.models.base import BlockAdapter, ModelAdapter
     from masq.modules.modality import ModalityContext
     from masq.numerics.scheme import LinearFormat, TensorFormat
 
@@ -257,6 +257,25 @@ class PackedLinear(nn.Module):
         """One line for ``print(model)``."""
         bits = self.activation.bits if self.activation is not None else 16
         return f"{self.in_features}, {self.out_features}, w{self.weight_format.bits}a{bits}, kernel={self.kernel}"
+
+
+def tower_linears(adapter: ModelAdapter) -> list[nn.Module]:
+    """The quantized linears of the vision and audio towers."""
+    towers = adapter.towers().values()
+    return [one for tower in towers for one in tower.modules() if isinstance(one, QuantLinear | PackedLinear)]
+
+
+def pack_model(adapter: ModelAdapter, kernel: str = AUTO) -> dict[str, int]:
+    """Pack the quantized linears of blocks and towers for good; see ``pack_blocks``."""
+    running = Counter(pack_blocks(adapter.visited_blocks("stay"), kernel))
+    for name, tower in adapter.towers().items():
+        with adapter.residence.present(tower, after="stay"):
+            for path, simulated in list(tower.named_modules()):
+                if isinstance(simulated, QuantLinear):
+                    layer = PackedLinear.from_simulated(simulated, kernel)
+                    adapter.model.set_submodule(f"{name}.{path}", layer)
+                    running[layer.kernel_in_use] += 1
+    return dict(running)
 
 
 def pack_blocks(blocks: Iterable[BlockAdapter], kernel: str = AUTO) -> dict[str, int]:

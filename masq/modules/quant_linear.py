@@ -106,12 +106,12 @@ class QuantLinear(nn.Module):
         self.register_buffer(f"float_{name}", None if integer else weight.dequantize(torch.float32), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map [B, T, I] to [B, T, O] in the dtype of ``x``.
+        """Map [B, T, I] to [B, T, O], or rows [N, I] to [N, O], in the dtype of ``x``.
 
         Raises:
             ModelError: the modality of the tokens is unknown (see ``ModalityContext.current``).
         """
-        batch, tokens = x.shape[0], x.shape[1]
+        batch, tokens = leading(x)
         modality = self.context.current(batch, tokens).reshape(-1).to(x.device)
         rows_ni, bias = x.reshape(-1, self.in_features), self.bias
         if self.centre is not None:
@@ -130,7 +130,7 @@ class QuantLinear(nn.Module):
             self._add_correction(y_no, rows_ni, modality, correction, x.dtype)
         if bias is not None:
             y_no += bias
-        return y_no.to(x.dtype).view(batch, tokens, self.out_features)
+        return y_no.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _inverse_factors(self, modality: torch.Tensor) -> torch.Tensor:
         """1 / s of rows [N] by modality: [N, I], or [1, I] where all share one."""
@@ -215,6 +215,11 @@ class QuantLinear(nn.Module):
         """One line for ``print(model)``."""
         bits = self.activation.bits if self.activation is not None else 16
         return f"{self.in_features}, {self.out_features}, w{self.weight_format.bits}a{bits}"
+
+
+def leading(x: torch.Tensor) -> tuple[int, int]:
+    """B and T of an input [B, T, I]; rows of any other shape, as towers have them, are one sequence."""
+    return (x.shape[0], x.shape[1]) if x.dim() == 3 else (1, x.numel() // x.shape[-1])
 
 
 def register_bias(layer: nn.Module, bias: torch.Tensor | Centres | None, dtype: torch.dtype | None = None) -> None:

@@ -23,6 +23,7 @@ from masq.kernels.base import (
     RowBias,
     RowSmoothing,
 )
+from masq.modules.quant_linear import leading
 from masq.numerics.low_rank import Factors, project
 from masq.numerics.packing import PackedWeight, concatenate, split
 from masq.numerics.scheme import LinearFormat
@@ -103,17 +104,16 @@ class Stack:
 
     def _run(self, x: torch.Tensor) -> torch.Tensor:
         held = self._prepared or self.prepare()
-        batch, tokens = x.shape[0], x.shape[1]
         first = self.members[0]
         context = first.context
-        context.current(batch, tokens)
+        context.current(*leading(x))
         rows_ni = x.reshape(-1, first.in_features).contiguous()
         smoothing = self._smoothing(context)
         activation = held.kernel.quantize(rows_ni, first.activation, smoothing)
         low_rank, addend = self._corrections(held, rows_ni, smoothing, context)
         bias = self._bias_of(held, context)
         y_no = held.kernel.gemm(activation, held.weight, bias=bias, addend=addend, dtype=x.dtype, low_rank=low_rank)
-        return y_no.view(batch, tokens, -1)
+        return y_no.view(*x.shape[:-1], -1)
 
     def _smoothing(self, context: ModalityContext) -> RowSmoothing | None:
         """Centres and factors of every row; one for all where there is but one or every token is text."""

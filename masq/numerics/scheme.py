@@ -79,6 +79,53 @@ class LinearFormat:
 
 
 @dataclass(frozen=True, slots=True)
+class NoTowers:
+    """The vision and audio towers stay in float."""
+
+    kind: Literal["none"] = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedTowers:
+    """The linears of the vision and audio towers, and of what projects their outputs, are rounded to nearest.
+
+    A tower sees one modality, so there is nothing to smooth or to correct by modality. Convolutions and embeddings stay
+    in float.
+
+    Attributes:
+        weight: format of weights.
+        activation: format of the linears' inputs, None for float.
+    """
+
+    weight: TensorFormat
+    activation: TensorFormat | None = None
+    kind: Literal["nearest"] = "nearest"
+
+    def __post_init__(self) -> None:
+        """Reject formats used for the wrong tensor.
+
+        Raises:
+            ConfigError: weights per token, groups of input channels, or activations that are not symmetric per token.
+        """
+        _check_weight(self.weight)
+        if self.weight.granularity == "per_group":
+            raise ConfigError(
+                "weights of towers have one scale per output channel: groups divide few of their sizes",
+                value="weight.granularity=per_group",
+                remedy="set weight.granularity=per_channel",
+            )
+        _check_activation(self.activation)
+
+    @property
+    def name(self) -> str:
+        """For folders and tables: bits of weights and activations, as presets of schemes are called."""
+        return f"w{self.weight.bits}a{self.activation.bits if self.activation else 16}"
+
+
+Towers = NoTowers | RoundedTowers
+
+
+@dataclass(frozen=True, slots=True)
 class Override:
     """Another treatment of some linears; of several that fit one linear ``skip`` wins, then the last.
 
@@ -119,7 +166,7 @@ class Override:
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """Formats of the decoder linears. Attention, the KV cache, the towers and the head stay in float.
+    """Formats of the decoder linears. Attention, the KV cache and the head stay in float, towers have their own.
 
     Attributes:
         name: shown in tables; the name of a preset means exactly that preset's formats.
@@ -143,16 +190,8 @@ class Scheme:
                 roles, asymmetric activations, overrides of what is not quantized, or a preset's name on other formats,
                 fewer roles or overrides.
         """
-        if self.weight is not None and self.weight.granularity == "per_token":
-            raise ConfigError("weight.granularity must be per_channel or per_group", value=self.weight.granularity)
-        if self.activation is not None and self.activation.granularity != "per_token":
-            raise ConfigError("activation.granularity must be per_token", value=self.activation.granularity)
-        if self.activation is not None and not self.activation.symmetric:
-            raise ConfigError(
-                "activations are symmetric: the integer GEMM has no zero point for them",
-                value="activation.symmetric=false",
-                remedy="set activation.symmetric=true",
-            )
+        _check_weight(self.weight)
+        _check_activation(self.activation)
         if self.weight is None and self.activation is not None:
             raise ConfigError("activations are quantized only together with weights", value="weight=null")
         if not self.roles or len(set(self.roles)) != len(self.roles):
@@ -241,6 +280,22 @@ class Scheme:
     def preset_names() -> tuple[str, ...]:
         """Names that ``preset`` knows."""
         return tuple(_PRESETS)
+
+
+def _check_weight(weight: TensorFormat | None) -> None:
+    if weight is not None and weight.granularity == "per_token":
+        raise ConfigError("weight.granularity must be per_channel or per_group", value=weight.granularity)
+
+
+def _check_activation(activation: TensorFormat | None) -> None:
+    if activation is not None and activation.granularity != "per_token":
+        raise ConfigError("activation.granularity must be per_token", value=activation.granularity)
+    if activation is not None and not activation.symmetric:
+        raise ConfigError(
+            "activations are symmetric: the integer GEMM has no zero point for them",
+            value="activation.symmetric=false",
+            remedy="set activation.symmetric=true",
+        )
 
 
 def _overridden(weight: TensorFormat, activation: TensorFormat | None, overrides: Sequence[Override]) -> LinearFormat:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from masq.models.base import GROUPS, Modality, Role
-from masq.numerics.scheme import GROUP_ROLES
+from masq.numerics.scheme import GROUP_ROLES, NoTowers
 from masq.pipeline.linears import Corrections, draft_group, equal_ranks, filled_ranks
 from masq.transforms.config import MbqSmoothing, NoSmoothing, SearchedSmoothing
 from masq.transforms.frame import NoCentring, NoRotation
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from masq.compensation.config import NoCompensation, WhitenedLowRank
     from masq.models.base import BlockAdapter
     from masq.modules.modality import ModalityContext
-    from masq.numerics.scheme import Scheme
+    from masq.numerics.scheme import Scheme, Towers
     from masq.pipeline.linears import Draft
     from masq.rounding.config import GptqRounding, NearestRounding
     from masq.transforms.config import Smoothing
@@ -45,6 +45,7 @@ class Stages:
     rotation: Rotation = NoRotation()
     centring: Centring = NoCentring()
     chain: Literal["quantized", "float"] = "quantized"
+    towers: Towers = NoTowers()
 
     def for_block(self, index: int, num_blocks: int) -> Stages:
         """The method on one block: its own formats, and smoothing of groups that have a quantized linear there."""

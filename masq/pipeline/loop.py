@@ -15,6 +15,7 @@ from masq import parallel
 from masq.calibration.replay import capture
 from masq.calibration.sensitivity import gradient_sums, mean_gradients, relative_sensitivity
 from masq.errors import DataError, errors_of, memory_errors_of
+from masq.numerics.scheme import RoundedTowers
 from masq.pipeline.chain import (
     QuantizationReport,
     block_outputs,
@@ -28,6 +29,7 @@ from masq.pipeline.fitting import Chain, Prepared, looked_at, quantize_one, toke
 from masq.pipeline.learning import learn
 from masq.pipeline.progress import BlockClock
 from masq.pipeline.store import BlockStore, block_tensors, restore_block
+from masq.pipeline.towers import quantize_towers, restore_towers
 from masq.transforms.rotation import rotate_model
 
 if TYPE_CHECKING:
@@ -80,6 +82,8 @@ def quantize(
         started = time.perf_counter()
         rotate_model(adapter, stages.rotation, stages.seed)
         report.seconds["rotate"] = time.perf_counter() - started
+    if isinstance(stages.towers, RoundedTowers):
+        quantize_towers(adapter, stages.towers, blocks.folder)
     with memory_errors_of("the largest tower"):
         hidden, replay = capture(adapter, batches)
     if stages.smoothing.kind != "none" or stages.compensation.kind != "none":
@@ -111,6 +115,8 @@ def restore(adapter: ModelAdapter, stages: Stages, context: ModalityContext, blo
     """
     if stages.rotation.kind == "hadamard":
         rotate_model(adapter, stages.rotation, stages.seed, blocks_stored=True)
+    if isinstance(stages.towers, RoundedTowers):
+        restore_towers(adapter, stages.towers, blocks.folder)
     adapter_blocks = adapter.blocks()
     for index, block in enumerate(adapter_blocks):
         fill = _filler(adapter, index, block, stages.for_block(index, len(adapter_blocks)), context, blocks)

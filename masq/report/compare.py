@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from masq.errors import DataError, unknown_name
 from masq.evaluation.outcomes import Outcomes
 from masq.evaluation.statistics import LEVEL, SIGNIFICANCE, Comparison, adjust, paired, standard_error, value
+from masq.report.labels import ABSENT, labels_of
 from masq.report.record import RunRecord
-from masq.report.table import ABSENT, FORMATS, INVALID, arrow, digits_of, footnotes, labels_of, number, text_table
+from masq.report.table import FORMATS, INVALID, arrow, digits_of, footnotes, number, text_table
 
 # What outcomes are kept by: task and metric.
 Key = tuple[str, str]

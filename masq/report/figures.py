@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from masq.report.table import available_columns, is_float, labels_of
+from masq.report.labels import is_float, labels_of
+from masq.report.table import available_columns
 
 if TYPE_CHECKING:
     from masq.report.record import RunRecord

@@ -11,18 +11,8 @@ from masq.evaluation.statistics import SIGNIFICANCE, adjust
 from masq.report.compare import Row
 from masq.report.compare import rows as compared
 from masq.report.figures import row_names
-from masq.report.table import (
-    ABSENT,
-    Column,
-    arrow,
-    available_columns,
-    best_value,
-    choose_columns,
-    footnotes,
-    is_float,
-    labels_of,
-    number,
-)
+from masq.report.labels import ABSENT, is_float, labels_of
+from masq.report.table import Column, arrow, available_columns, best_value, choose_columns, footnotes, number
 
 if TYPE_CHECKING:
     from masq.report.record import RunRecord

@@ -58,9 +58,9 @@ class RunRecord:
             and ``n``.
         fidelity: what needs no labels: ``sqnr`` (text, vision, audio; dB against the float model, capped at 200),
             ``kl`` and ``nll`` (nats per answer token, by the non-text modality of the sample: text, vision, audio,
-            joint), and details.
+            joint), ``sqnr_towers`` of quantized towers, and details.
         effective_bits: stored bits per weight of the decoder linears: ``total`` and its parts ``codes``, ``scales``,
-            ``smoothing`` and ``adapters``.
+            ``smoothing`` and ``adapters``; ``towers``, total of the tower linears, where those are quantized.
         timings: seconds by stage.
         peak_memory_bytes: largest resident memory (and, on a GPU, the largest allocation) of the process.
         warnings: typed fallbacks, one sentence each; tables show them.

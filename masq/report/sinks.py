@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from masq.errors import ConfigError
 from masq.files import canonical_hash
 from masq.report.figures import row_names
-from masq.report.table import available_columns, labels_of
+from masq.report.labels import labels_of
+from masq.report.table import available_columns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,13 +17,18 @@ from tabulate import tabulate
 
 from masq.errors import ConfigError, DataError, suggestion, unknown_name
 from masq.models.zoo import is_trained
+from masq.report.labels import ABSENT, calibration_of, execution_of, is_float, labels_of, lookup
 from masq.report.record import RunRecord, ScoreEntry
 
 FORMATS = ("markdown", "csv", "latex")
-ABSENT = "-"
 INVALID = " (!)"
 _MODALITIES = ("text", "vision", "audio", "joint")
-_FIDELITY = (("sqnr", "SQNR {} (dB)", True), ("nll", "NLL {}", False), ("kl", "KL {}", False))
+_FIDELITY = (
+    ("sqnr_towers", "SQNR {} from towers (dB)", True),
+    ("sqnr", "SQNR {} (dB)", True),
+    ("nll", "NLL {}", False),
+    ("kl", "KL {}", False),
+)
 
 
 @dataclass(frozen=True)
@@ -134,40 +139,19 @@ def _sample_notes(records: Sequence[RunRecord]) -> list[str]:
         for task, metrics in record.scores.items():
             counts.setdefault(task, set()).update(int(score["n"]) for score in metrics.values())
     sizes = [f"{task} {'/'.join(str(n) for n in sorted(values))}" for task, values in counts.items()]
-    calibration = list(dict.fromkeys(_calibration(record) for record in records if not is_float(record)))
+    calibration = list(dict.fromkeys(calibration_of(record) for record in records if not is_float(record)))
     presets = sorted({str(r.config["preset"]) for r in records if r.config.get("preset")})
     notes = [f"Evaluation samples: {', '.join(sizes)}. ± is one standard error."] if sizes else []
     notes += _split_notes(records)
     notes += [f"Calibration samples: {'; '.join(calibration)}."] if calibration else []
     notes += [f"Preset: {', '.join(presets)}."] if presets else []
-    packed = sorted({_execution(record) for record in records if record.provenance.get("kernels")})
+    packed = sorted({execution_of(record) for record in records if record.provenance.get("kernels")})
     return notes + ([f"Stored bits, multiplied by kernels: {', '.join(packed)}."] if packed else [])
-
-
-def _execution(record: RunRecord) -> str:
-    """Whether the quantized linears were simulated, or which kernels ran them packed."""
-    if is_float(record):
-        return ABSENT
-    kernels = record.provenance.get("kernels")
-    return f"packed ({', '.join(sorted(kernels))})" if kernels else "simulated"
-
-
-def _calibration(record: RunRecord) -> str:
-    """How many samples of what, drawn how, and whose activations stages looked at."""
-    found = {key: _lookup(record.config, "calibration", key) for key in ("samples_per_task", "samples", "mix", "chain")}
-    text = f"{found['samples_per_task']} of each task"
-    if isinstance(found["samples"], int):
-        mix = found["mix"] if isinstance(found["mix"], dict) else {}
-        shares = " : ".join(f"{kind} {share:g}" for kind, share in mix.items())
-        text = f"{found['samples']} in all, " + (f"tasks of {shares}" if shares else "every task alike")
-    elif found["samples_per_task"] is None:
-        text = "all there are"
-    return text + (", activations of the float model" if found["chain"] == "float" else "")
 
 
 def _split_notes(records: Sequence[RunRecord]) -> list[str]:
     """Which rows, if any, come from the split that is kept for final tables."""
-    final = [record for record in records if _lookup(record.config, "evaluation", "split") == "final"]
+    final = [record for record in records if lookup(record.config, "evaluation", "split") == "final"]
     if not final:
         return []
     if len(final) == len(records):
@@ -178,7 +162,7 @@ def _split_notes(records: Sequence[RunRecord]) -> list[str]:
 
 def _model_notes(records: Sequence[RunRecord]) -> list[str]:
     notes = []
-    if any(is_trained(str(_lookup(r.config, "model", "source"))) for r in records):
+    if any(is_trained(str(lookup(r.config, "model", "source"))) for r in records):
         notes.append(
             "The float model is the dequantized Q4_1 SmolLM2-135M-Instruct with our towers: asymmetric 4-bit weights "
             "in groups of 32 would be lossless on it and are not ranked."
@@ -186,12 +170,6 @@ def _model_notes(records: Sequence[RunRecord]) -> list[str]:
     if any(is_float(r) for r in records):
         notes.append("float is the model as it was loaded.")
     return notes
-
-
-def is_float(record: RunRecord) -> bool:
-    """Whether nothing was rounded, whatever the method is called."""
-    rounding = _lookup(record.config, "method", "rounding")
-    return isinstance(rounding, dict) and rounding.get("kind") == "none"
 
 
 def choose_columns(available: list[Column], wanted: Sequence[str] | None) -> list[Column]:
@@ -205,23 +183,6 @@ def choose_columns(available: list[Column], wanted: Sequence[str] | None) -> lis
             raise ConfigError("unknown column", value=name, remedy=suggestion(name, [c.key for c in available]))
         chosen += matches
     return list({column.key: column for column in chosen}.values())
-
-
-def labels_of(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """Leading text columns: title and text by record; all but scheme and method only when they vary."""
-    schemes = ["float" if is_float(record) else record.scheme for record in records]
-    labels = [
-        ("model", [str(_lookup(record.config, "model", "name")) for record in records]),
-        ("modality", [str(_lookup(record.config, "modality", "name")) for record in records]),
-        ("scheme", schemes),
-        ("method", [record.method for record in records]),
-        ("calibration", [ABSENT if is_float(record) else _calibration(record) for record in records]),
-        ("seed", [ABSENT if is_float(r) else str(_lookup(r.config, "calibration", "seed")) for r in records]),
-        ("execution", [_execution(record) for record in records]),
-    ]
-    return [
-        (title, values) for title, values in labels if title in ("scheme", "method") or len({*values} - {ABSENT}) > 1
-    ]
 
 
 def _scores_of(records: Iterable[RunRecord]) -> list[tuple[str, str]]:
@@ -247,7 +208,7 @@ def _fidelity_column(name: str, key: str, title: str, better: bool) -> Column:
     def read(record: RunRecord) -> tuple[float | None, float | None]:
         return _numbers(record.fidelity.get(name)).get(key), None
 
-    return Column(f"{name}.{key}", title, read, 1 if name == "sqnr" else 3, better)
+    return Column(f"{name}.{key}", title, read, 1 if name.startswith("sqnr") else 3, better)
 
 
 def _bits_column(part: str, title: str) -> Column:
@@ -268,11 +229,6 @@ def _numbers(section: object) -> dict[str, float]:
     """The number-valued entries of a section, {} for anything that is no section."""
     entries = cast("dict[str, Any]", section) if isinstance(section, dict) else {}
     return {key: value for key, value in entries.items() if isinstance(value, int | float)}
-
-
-def _lookup(config: dict[str, Any], group: str, key: str) -> object:
-    section = config.get(group)
-    return section.get(key, "?") if isinstance(section, dict) else "?"
 
 
 def _text_rows(

@@ -11,8 +11,9 @@ from transformers import AutoModelForImageTextToText
 
 from masq.cli import main
 from masq.export import checkpoint
+from masq.finished import load_finished
 from masq.models.zoo import nano
-from masq.run import load_finished, run
+from masq.run import run
 from tests.test_run import config, splits  # noqa: F401
 
 

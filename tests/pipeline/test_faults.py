@@ -16,11 +16,12 @@ import torch
 from masq.config import to_dict
 from masq.errors import DataError, MasqError, ModelError, OutputError, ShortOfMemoryError, memory_errors_of
 from masq.export import checkpoint
+from masq.finished import load_finished
 from masq.models import checkpoint as layout
 from masq.pipeline import loop
 from masq.pipeline.store import BlockStore
 from masq.report.record import comparable, read_record
-from masq.run import load_finished, run
+from masq.run import run
 from tests.killing import kill_all
 from tests.pipeline.test_streamed import bits, cell, published, same  # noqa: F401
 from tests.test_run import splits  # noqa: F401

@@ -13,12 +13,13 @@ from transformers import AutoModelForImageTextToText
 
 from masq.cli import main
 from masq.config import RunConfig, decode
+from masq.finished import load_finished
 from masq.models import loading, tensor_files
 from masq.models.base import ModelAdapter
 from masq.models.config import ModelConfig
 from masq.models.zoo import nano
 from masq.report.record import comparable
-from masq.run import load_finished, run
+from masq.run import run
 from tests.composing import names, plain
 from tests.test_run import splits  # noqa: F401
 
