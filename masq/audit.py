@@ -69,8 +69,8 @@ def _grid(plain: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Conventions of the number formats; how many bits there are is what a run is about."""
     for tensor in ("weight", "activation"):
         for name, value in (plain["scheme"][tensor] or {}).items():
-            # Groups are those of weights: activations have one scale per token.
-            if name != "bits" and (tensor, name) != ("activation", "group_size"):
+            # Groups are those of weights: activations have one scale per token. How they are clipped is the method's.
+            if name not in ("bits", "clip") and (tensor, name) != ("activation", "group_size"):
                 yield f"{tensor}.{name}", value
     for name in ("roles", "overrides"):
         yield name, plain["scheme"][name]

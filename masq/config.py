@@ -290,13 +290,10 @@ def _check_execution(config: RunConfig) -> None:
             value=f"kernel={config.kernel}, execution=simulated",
             remedy=f"set execution=packed, or kernel={AUTO}",
         )
-    base = config.method.compensation.base
-    if base not in active_modalities(config):
-        raise ConfigError(
-            "the base of corrections must be a modality of the run",
-            value=f"method.compensation.base={base}",
-            remedy=f"use one of {', '.join(active_modalities(config))}",
-        )
+    base, active = config.method.compensation.base, active_modalities(config)
+    if base not in active:
+        remedy = f"use one of {', '.join(active)}"
+        raise ConfigError("the base of corrections must be a modality of the run", value=base, remedy=remedy)
     if config.execution == "packed" and (config.method.stores_weight_per_modality or base != "text"):
         raise ConfigError(
             "packed execution has one weight for all modalities, and corrects no text",
@@ -313,6 +310,8 @@ def _check_formats(config: RunConfig) -> None:
             value=f"scheme={config.scheme.name}, method={config.method.name}",
             remedy="use method=none for the float model, or a scheme with integer weights",
         )
+    if config.scheme.activation is not None and config.scheme.activation.clip < 1:
+        raise ConfigError("a method says how activations are clipped", remedy="set method.rounding.activation_clip")
     _check_rounding(config)
     smoothing = config.method.smoothing
     fitted = isinstance(smoothing, LearnedSmoothing | SearchedSmoothing)

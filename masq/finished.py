@@ -36,7 +36,7 @@ def stages_of(config: RunConfig) -> Stages:
         method.smoothing,
         method.rounding,
         method.compensation,
-        config.scheme,
+        config.scheme.clipped(method.rounding.activation_clip),
         config.seed,
         method.rotation,
         method.centring,

@@ -9,6 +9,7 @@ from typing import Any
 
 from masq.config import RunConfig, to_dict
 from masq.files import canonical_hash
+from masq.numerics.scheme import CLIPPED_BITS
 
 
 def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
@@ -18,6 +19,8 @@ def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
         (plain["method"]["rounding"], "clip", None),
         (plain["method"]["rounding"], "share", "tokens"),
         (plain["method"]["rounding"], "inputs", "exact"),
+        (plain["method"]["rounding"], "activation_clip", _clip_without_effect(config)),
+        *((format_, "clip", 1.0) for format_ in _formats(plain)),
         (plain["method"]["compensation"], "ranks", "equal"),
         (plain["method"]["compensation"], "base", "text"),
         (plain["scheme"], "overrides", []),
@@ -38,6 +41,20 @@ def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
     del plain["model"]["weights"]
     del plain["calibration"]["cache"], plain["evaluation"]["keep_float"], plain["evaluation"]["records"]
     return plain
+
+
+def _clip_without_effect(config: RunConfig) -> float:
+    """The share that changes nothing: every one, where no activation has few enough bits."""
+    clip = getattr(config.method.rounding, "activation_clip", 1.0)
+    bits = [config.scheme.activation.bits] if config.scheme.activation else []
+    bits += [one.activation_bits for one in config.scheme.overrides if one.activation_bits]
+    return 1.0 if any(one <= CLIPPED_BITS for one in bits) else clip
+
+
+def _formats(plain: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every number format in a configuration."""
+    found = [plain[group].get(part) for group in ("scheme", "towers") for part in ("weight", "activation")]
+    return [one for one in found if one is not None]
 
 
 def identity(config: RunConfig, hashes: Mapping[str, Any]) -> str:

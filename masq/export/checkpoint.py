@@ -8,10 +8,11 @@ Versions 1 to 4 of the format
     ``config.json``
         The model's own, with ``tie_word_embeddings`` as the weights are, and ``quantization_config``:
 
-        - ``quant_method`` "masq", ``version``: the first that can say it, 4 where a tower is quantized, else 3 where
-          a linear has centres, else 2 where one has int8 factors, else 1.
+        - ``quant_method`` "masq", ``version``: the first that can say it, 4 where a tower is quantized or a range is
+          clipped, else 3 where a linear has centres, else 2 where one has int8 factors, else 1.
         - ``formats``: list of {"weight", "activation"}, each {"bits", "symmetric", "granularity", "group_size"}
-          (``masq.numerics.scheme.TensorFormat``); an activation is null where it stays in float.
+          (``masq.numerics.scheme.TensorFormat``), and "clip" where it is below 1; an activation is null where it stays
+          in float.
         - ``linears``: by module name, every quantized linear: ``in_features`` I, ``out_features`` O, ``format`` (number
           in ``formats``), ``bias`` (dtype or null), ``smoothing`` U (number of distinct smoothing vectors applied at
           run time), ``ranks`` (R of the low-rank correction by modality), ``factor_dtype``, and ``group``: linears

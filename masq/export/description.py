@@ -11,6 +11,17 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from masq.errors import ConfigError, ModelError
+from masq.export.parsing import (
+    boolean_of,
+    check_keys,
+    dtype_of,
+    error_of,
+    integer_of,
+    list_of,
+    object_of,
+    shown,
+    text_of,
+)
 from masq.files import canonical_hash
 from masq.models.sample import Modality
 from masq.numerics.scheme import LinearFormat, TensorFormat
@@ -111,7 +122,8 @@ class Description:
     @property
     def version(self) -> int:
         """Of the format: the first that can say this."""
-        if any(entry.tower for entry in self.linears.values()):
+        formats = {entry.format.activation for entry in self.linears.values()}
+        if any(entry.tower for entry in self.linears.values()) or any(one and one.clip < 1 for one in formats):
             return 4
         if any(entry.centres for entry in self.linears.values()):
             return 3
@@ -137,7 +149,7 @@ class Description:
         content: dict[str, Any] = {
             "quant_method": METHOD,
             "version": self.version,
-            "formats": [asdict(one) for one in formats],
+            "formats": [_format_to_dict(one) for one in formats],
             "linears": {name: _entry_to_dict(entry, formats) for name, entry in self.linears.items()},
             "rotation": {"inputs": list(self.rotated), "residual": self.residual_rotation},
             "placeholders": {side: list(ids) for side, ids in self.placeholders.items()},
@@ -154,29 +166,38 @@ class Description:
         Raises:
             ModelError: a wrong version, checksum, key, type or value.
         """
-        content = _object(content, "quantization_config")
+        content = object_of(content, "quantization_config")
         _check_version(content)
         _check_seal(content)
         keys = set(cls(linears={}, rotated=(), residual_rotation=False, placeholders={}).to_dict())
-        _check_keys(content, keys, "quantization_config")
-        formats = [_linear_format(one, f"formats[{index}]") for index, one in enumerate(_list(content["formats"]))]
-        rotation = _object(content["rotation"], "rotation")
-        _check_keys(rotation, {"inputs", "residual"}, "rotation")
-        linears = _object(content["linears"], "linears")
+        check_keys(content, keys, "quantization_config")
+        formats = [_linear_format(one, f"formats[{index}]") for index, one in enumerate(list_of(content["formats"]))]
+        rotation = object_of(content["rotation"], "rotation")
+        check_keys(rotation, {"inputs", "residual"}, "rotation")
+        linears = object_of(content["linears"], "linears")
         if not 0 < len(linears) <= _MAX_LINEARS:
-            raise _error("linears must name between 1 and 65536 linears", len(linears))
+            raise error_of("linears must name between 1 and 65536 linears", len(linears))
         found = cls(
             linears={name: _entry(name, one, formats) for name, one in linears.items()},
-            rotated=tuple(_text(name, "rotation.inputs") for name in _list(rotation["inputs"])),
-            residual_rotation=_boolean(rotation["residual"], "rotation.residual"),
+            rotated=tuple(text_of(name, "rotation.inputs") for name in list_of(rotation["inputs"])),
+            residual_rotation=boolean_of(rotation["residual"], "rotation.residual"),
             placeholders=_placeholders(content["placeholders"]),
-            made_by=_object(content["made_by"], "made_by"),
-            tensors_sha256=_text(content["tensors_sha256"], "tensors_sha256"),
-            config_sha256=_text(content["config_sha256"], "config_sha256"),
+            made_by=object_of(content["made_by"], "made_by"),
+            tensors_sha256=text_of(content["tensors_sha256"], "tensors_sha256"),
+            config_sha256=text_of(content["config_sha256"], "config_sha256"),
         )
         if found.version != content["version"]:
-            raise _error("version 4 has towers, 3 else centres, 2 else int8 factors, 1 none", content["version"])
+            raise error_of("version 4 has towers or clips, 3 centres, 2 int8 factors, 1 neither", content["version"])
         return found
+
+
+def _format_to_dict(fmt: LinearFormat) -> dict[str, Any]:
+    """Whole ranges are left out, as before there were others."""
+    found = asdict(fmt)
+    for one in found.values():
+        if one is not None and one["clip"] == 1:
+            del one["clip"]
+    return found
 
 
 def _entry_to_dict(entry: LinearEntry, formats: list[LinearFormat]) -> dict[str, Any]:
@@ -195,90 +216,97 @@ def _entry_to_dict(entry: LinearEntry, formats: list[LinearFormat]) -> dict[str,
 
 
 def _entry(name: str, content: Any, formats: list[LinearFormat]) -> LinearEntry:
-    content = _object(content, name)
-    _check_keys(content, set(LinearEntry.__dataclass_fields__) - ({"centres", "tower"} - content.keys()), name)
-    d_in, d_out = (_integer(content[key], f"{name}.{key}", 1, _MAX_FEATURES) for key in ("in_features", "out_features"))
-    fmt = formats[_integer(content["format"], f"{name}.format", 0, len(formats) - 1)]
+    content = object_of(content, name)
+    check_keys(content, set(LinearEntry.__dataclass_fields__) - ({"centres", "tower"} - content.keys()), name)
+    d_in, d_out = (
+        integer_of(content[key], f"{name}.{key}", 1, _MAX_FEATURES) for key in ("in_features", "out_features")
+    )
+    fmt = formats[integer_of(content["format"], f"{name}.format", 0, len(formats) - 1)]
     if d_in % (fmt.weight.group_size or 1):
-        raise _error(f"{name}: the group size must divide the inputs", f"{fmt.weight.group_size} of {d_in}")
-    ranks = _object(content["ranks"], f"{name}.ranks")
+        raise error_of(f"{name}: the group size must divide the inputs", f"{fmt.weight.group_size} of {d_in}")
+    ranks = object_of(content["ranks"], f"{name}.ranks")
     for side in ranks:
         _known_side(side)
-        _integer(ranks[side], f"{name}.ranks.{side}", 1, min(d_in, d_out))
-    factor_dtype = _dtype(content["factor_dtype"], f"{name}.factor_dtype", FACTOR_DTYPES)
+        integer_of(ranks[side], f"{name}.ranks.{side}", 1, min(d_in, d_out))
+    factor_dtype = dtype_of(content["factor_dtype"], f"{name}.factor_dtype", FACTOR_DTYPES)
     if bool(ranks) != (factor_dtype is not None):
-        raise _error(f"{name}: factor_dtype belongs to ranks", f"{factor_dtype} with {len(ranks)} ranks")
-    centres = _integer(content["centres"], f"{name}.centres", 1, len(SIDES)) if "centres" in content else 0
+        raise error_of(f"{name}: factor_dtype belongs to ranks", f"{factor_dtype} with {len(ranks)} ranks")
+    centres = integer_of(content["centres"], f"{name}.centres", 1, len(SIDES)) if "centres" in content else 0
     if centres and content["bias"] is None:
-        raise _error(f"{name}: centres need a bias", None)
-    if (tower := _boolean(content.get("tower", False), f"{name}.tower")) and (centres or ranks or content["smoothing"]):
-        raise _error(
+        raise error_of(f"{name}: centres need a bias", None)
+    if (tower := boolean_of(content.get("tower", False), f"{name}.tower")) and (
+        centres or ranks or content["smoothing"]
+    ):
+        raise error_of(
             f"{name}: rows of towers are no tokens, so nothing depends on their modality", "centres or factors"
         )
     return LinearEntry(
         in_features=d_in,
         out_features=d_out,
         format=fmt,
-        bias=_dtype(content["bias"], f"{name}.bias", STORED_DTYPES),
-        smoothing=_integer(content["smoothing"], f"{name}.smoothing", 0, len(SIDES)),
+        bias=dtype_of(content["bias"], f"{name}.bias", STORED_DTYPES),
+        smoothing=integer_of(content["smoothing"], f"{name}.smoothing", 0, len(SIDES)),
         ranks=ranks,
         factor_dtype=factor_dtype,
-        group=_integer(content["group"], f"{name}.group", 0, _MAX_LINEARS),
+        group=integer_of(content["group"], f"{name}.group", 0, _MAX_LINEARS),
         centres=centres,
         tower=tower,
     )
 
 
 def _linear_format(content: Any, place: str) -> LinearFormat:
-    content = _object(content, place)
-    _check_keys(content, {"weight", "activation"}, place)
+    content = object_of(content, place)
+    check_keys(content, {"weight", "activation"}, place)
     weight = _tensor_format(content["weight"], f"{place}.weight")
     activation = content["activation"]
     if activation is not None:
         activation = _tensor_format(activation, f"{place}.activation")
     if weight.granularity == "per_token" or (activation is not None and activation.granularity != "per_token"):
-        raise _error(f"{place}: weights are per channel or per group, activations per token", "another granularity")
+        raise error_of(f"{place}: weights are per channel or per group, activations per token", "another granularity")
     if activation is not None and not activation.symmetric:
-        raise _error(f"{place}: activations are symmetric", "symmetric=false")
+        raise error_of(f"{place}: activations are symmetric", "symmetric=false")
     return LinearFormat(weight, activation)
 
 
 def _tensor_format(content: Any, place: str) -> TensorFormat:
-    content = _object(content, place)
-    _check_keys(content, {"bits", "symmetric", "granularity", "group_size"}, place)
+    content = object_of(content, place)
+    check_keys(content, {"bits", "symmetric", "granularity", "group_size"} | ({"clip"} & content.keys()), place)
+    if type(content.get("clip", 1.0)) not in (int, float):
+        raise error_of(f"{place}.clip must be a number", shown(content["clip"]))
     granularity, size = content["granularity"], content["group_size"]
     if granularity not in ("per_channel", "per_group", "per_token"):
-        raise _error(f"{place}.granularity must be per_channel, per_group or per_token", _shown(granularity))
+        raise error_of(f"{place}.granularity must be per_channel, per_group or per_token", shown(granularity))
     try:
         return TensorFormat(
-            bits=_integer(content["bits"], f"{place}.bits", 2, 8),
-            symmetric=_boolean(content["symmetric"], f"{place}.symmetric"),
+            bits=integer_of(content["bits"], f"{place}.bits", 2, 8),
+            symmetric=boolean_of(content["symmetric"], f"{place}.symmetric"),
             granularity=granularity,
-            group_size=None if size is None else _integer(size, f"{place}.group_size", 1, _MAX_FEATURES),
+            group_size=None if size is None else integer_of(size, f"{place}.group_size", 1, _MAX_FEATURES),
+            clip=content.get("clip", 1.0),
         )
     except ConfigError as error:
-        raise _error(f"{place}: {error.rule}", error.value) from error
+        raise error_of(f"{place}: {error.rule}", error.value) from error
 
 
 def _placeholders(content: Any) -> dict[str, tuple[int, ...]]:
-    content = _object(content, "placeholders")
+    content = object_of(content, "placeholders")
     for side in content:
         _known_side(side)
-    found = {side: tuple(_list(ids)) for side, ids in content.items()}
-    every = [_integer(one, "placeholders", 0, _MAX_TOKEN_ID) for ids in found.values() for one in ids]
+    found = {side: tuple(list_of(ids)) for side, ids in content.items()}
+    every = [integer_of(one, "placeholders", 0, _MAX_TOKEN_ID) for ids in found.values() for one in ids]
     if len(set(every)) != len(every):
-        raise _error("a placeholder token has one modality", "an id twice")
+        raise error_of("a placeholder token has one modality", "an id twice")
     return found
 
 
 def _check_version(content: Mapping[str, Any]) -> None:
     if content.get("quant_method") != METHOD:
-        raise _error("quantization_config must be of quant_method masq", _shown(content.get("quant_method")))
+        raise error_of("quantization_config must be of quant_method masq", shown(content.get("quant_method")))
     version = content.get("version")
     if type(version) is not int or version not in VERSIONS:
         raise ModelError(
             f"this masq reads packed checkpoints of version {' or '.join(map(str, VERSIONS))}",
-            value=f"version {_shown(version)}",
+            value=f"version {shown(version)}",
             remedy="load it with the masq that wrote it, or export the run again",
         )
 
@@ -288,63 +316,11 @@ def _check_seal(content: Mapping[str, Any]) -> None:
     try:
         found = canonical_hash(rest)
     except (ValueError, RecursionError) as error:
-        raise _error("quantization_config must be plain JSON", error) from error
+        raise error_of("quantization_config must be plain JSON", error) from error
     if content.get("sha256") != found:
-        raise _error("the checksum of quantization_config must fit its content", "another one")
-
-
-def _check_keys(content: Mapping[str, Any], keys: set[str], place: str) -> None:
-    for kind, names in (("lacks", keys - content.keys()), ("has an unknown", content.keys() - keys)):
-        if names:
-            raise _error(f"{place} {kind} key", _shown(sorted(names)[0]))
+        raise error_of("the checksum of quantization_config must fit its content", "another one")
 
 
 def _known_side(side: str) -> None:
     if side not in SIDES:
-        raise _error(f"a modality is one of {', '.join(SIDES)}", _shown(side))
-
-
-def _object(content: Any, place: str) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise _error(f"{place} must be an object", type(content).__name__)
-    return content
-
-
-def _list(content: Any) -> list[Any]:
-    if not isinstance(content, list):
-        raise _error("a list is needed", type(content).__name__)
-    return content
-
-
-def _text(content: Any, place: str) -> str:
-    if not isinstance(content, str):
-        raise _error(f"{place} must be text", type(content).__name__)
-    return content
-
-
-def _boolean(content: Any, place: str) -> bool:
-    if type(content) is not bool:
-        raise _error(f"{place} must be true or false", type(content).__name__)
-    return content
-
-
-def _integer(content: Any, place: str, low: int, high: int) -> int:
-    if type(content) is not int or not low <= content <= high:
-        raise _error(f"{place} must be an integer between {low} and {high}", _shown(content))
-    return content
-
-
-def _dtype(content: Any, place: str, known: Mapping[str, str]) -> str | None:
-    if content is not None and content not in known:
-        raise _error(f"{place} must be one of {', '.join(known)}, or null", _shown(content))
-    return content
-
-
-def _shown(value: object) -> str:
-    """A value from a file, short enough for a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _error(rule: str, value: object) -> ModelError:
-    return ModelError(rule, value=value, remedy="the checkpoint is damaged: copy it again, or export the run again")
+        raise error_of(f"a modality is one of {', '.join(SIDES)}", shown(side))

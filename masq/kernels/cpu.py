@@ -44,7 +44,7 @@ ISAS = ("scalar", "avx2", "avx512_vnni", "avx512_bf16", "amx")
 _BF16 = ISAS.index("avx512_bf16")
 BLOCK, PANEL, TILE = 64, 32, 16
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 
 
 class CpuKernel(Kernel):
@@ -136,7 +136,8 @@ class CpuKernel(Kernel):
         scale = torch.empty(num_rows, 1)
         _functions().masq_quantize(
             *(x.data_ptr(), _DTYPES[x.dtype], *_smoothing_pointers(smoothing), num_rows, num_inner),
-            *(activation.qmax, codes.data_ptr(), scale.data_ptr(), self.isa, torch.get_num_threads()),
+            *(activation.qmax, activation.divisor, codes.data_ptr(), scale.data_ptr()),
+            *(self.isa, torch.get_num_threads()),
         )
         return QuantizedActivation(codes, scale, num_rows)
 
@@ -215,7 +216,7 @@ def _functions() -> Any:
     found = library()
     found.masq_best_isa.restype = _INT
     found.masq_quantize.argtypes = [
-        *(_POINTER, _INT, *[_POINTER] * 4, _LONG, _LONG, _INT, _POINTER, _POINTER, _INT, _INT)
+        *(_POINTER, _INT, *[_POINTER] * 4, _LONG, _LONG, _INT, _FLOAT, _POINTER, _POINTER, _INT, _INT)
     ]
     rest = [*[_POINTER] * 5, _INT, _INT, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT]
     found.masq_gemm.argtypes = [*[_POINTER] * 5, *rest, _POINTER, _INT]

@@ -181,7 +181,6 @@ class ModelAdapter(ABC):
         They are the largest modules beside ``parts``, and come and go as wholes where weights are streamed.
         """
         if self._towers is None:
-            # Asked once, while they have parameters.
             parts = set(self.parts())
             names = {module: name for name, module in self.model.named_modules()}
             self._towers = {names[module]: module for module in cover(self.model, list(parts)) if module not in parts}

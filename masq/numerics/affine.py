@@ -54,6 +54,7 @@ def quantize(x: torch.Tensor, fmt: TensorFormat) -> QuantizedTensor:
     Asymmetric: ``scale = (max(x, 0) - min(x, 0)) / qmax``, ``zero_point = round(-min(x, 0) / scale)``,
     ``codes = clamp(round(x / scale) + zero_point, 0, qmax)``, so that zero is always represented exactly.
     Maxima run over a row (per_channel of a weight [out, in], per_token of an activation) or over a group of it.
+    With ``clip`` below 1 the scale is so much smaller, and codes are clamped.
     Codes follow from the float32 scale that is stored, not from a more precise one.
 
     Args:
@@ -142,18 +143,25 @@ class _FakeQuantize(torch.autograd.Function):
         groups = _grouped(x, fmt)
         grad = grad_outputs[0].to(groups.dtype).unflatten(-1, groups.shape[-2:])
         if zero_point is None:
-            grad_groups = _symmetric_backward(groups, grad, scale, fmt.qmax)
+            grad_groups = _symmetric_backward(groups, grad, scale, fmt)
         else:
             grad_groups = _asymmetric_backward(groups, grad, scale, zero_point, fmt)
         return grad_groups.flatten(-2).to(x.dtype), None
 
 
 def _symmetric_backward(
-    groups: torch.Tensor, grad: torch.Tensor, scale: torch.Tensor, qmax: int
+    groups: torch.Tensor, grad: torch.Tensor, scale: torch.Tensor, fmt: TensorFormat
 ) -> torch.Tensor:  # [..., G, E]
     z = groups / scale
-    grad_scale = (torch.round(z).sub_(z)).mul_(grad).sum(-1, keepdim=True)
-    return _add_at_extreme(grad, groups, groups.abs().argmax(-1, keepdim=True), grad_scale / qmax, signed=True)
+    codes = torch.round(z)
+    if fmt.clip == 1:
+        grad_scale, passed = codes.sub_(z).mul_(grad).sum(-1, keepdim=True), grad
+    else:
+        inside = codes.abs() <= fmt.qmax
+        grad_scale = ((codes.clamp_(fmt.qmin, fmt.qmax) - z * inside) * grad).sum(-1, keepdim=True)
+        passed = grad * inside
+    largest = groups.abs().argmax(-1, keepdim=True)
+    return _add_at_extreme(passed, groups, largest, grad_scale / fmt.divisor, signed=True)
 
 
 def _asymmetric_backward(
@@ -203,7 +211,7 @@ def _scale_and_zero_point(
     highest, lowest = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
     span = torch.maximum(highest, -lowest) if fmt.symmetric else highest.clamp(min=0) - lowest.clamp(max=0)
     # By a tensor where the span is: dividing by a number, CUDA multiplies by its rounded reciprocal.
-    scale = (span / torch.full((), fmt.qmax, dtype=span.dtype, device=span.device)).float()
+    scale = (span / torch.full((), fmt.divisor, dtype=span.dtype, device=span.device)).float()
     # The comparison is false for NaN, which therefore survives.
     scale = torch.where(scale < _SMALLEST_SCALE, torch.ones_like(scale), scale)
     if fmt.symmetric:
@@ -217,8 +225,8 @@ def _codes(
     """Integers [..., G, E] in the dtype of ``groups``."""
     codes = (groups / scale).round_()
     if zero_point is None:
-        # |x| / scale <= qmax (1 + 2^-22), which rounds to qmax: no clamp is needed.
-        return codes
+        # Unclipped |x| / scale <= qmax (1 + 2^-22), which rounds to qmax: no clamp is needed.
+        return codes if fmt.clip == 1 else codes.clamp_(fmt.qmin, fmt.qmax)
     return codes.add_(zero_point).clamp_(fmt.qmin, fmt.qmax)
 
 

@@ -22,6 +22,8 @@ GROUP_ROLES: dict[GroupName, tuple[RoleName, ...]] = {
 
 ALL_ROLES: tuple[RoleName, ...] = tuple(role for roles in GROUP_ROLES.values() for role in roles)
 _MAX_BITS = 8
+CLIPPED_BITS = 4
+"""Activations of more bits have levels enough for the whole range of a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +38,15 @@ class TensorFormat:
             ``per_group``: ``group_size`` consecutive input channels of one, scale [out, in / group_size];
             ``per_token``: a row of activations [..., d], scale [..., 1], computed on the fly.
         group_size: with ``per_group`` alone.
+        clip: share of the largest magnitude of a row that the largest code stands for; what is beyond is cut off. Below
+            1 for symmetric activations alone.
     """
 
     bits: int
     symmetric: bool = True
     granularity: Granularity = "per_channel"
     group_size: int | None = None
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
         """Reject formats that mean nothing.
@@ -58,6 +63,17 @@ class TensorFormat:
             )
         if self.group_size is not None and self.group_size < 1:
             raise ConfigError("group_size must be positive", value=self.group_size)
+        if not 0 < self.clip <= 1 or (self.clip < 1 and (self.granularity != "per_token" or not self.symmetric)):
+            raise ConfigError(
+                "clip must lie above 0 and not above 1, with symmetric activations alone below it",
+                value=self.clip,
+                remedy="set clip=1",
+            )
+
+    @property
+    def divisor(self) -> float:
+        """The largest magnitude of a row over its scale: ``qmax`` where nothing is cut off."""
+        return self.qmax / self.clip
 
     @property
     def qmin(self) -> int:
@@ -248,6 +264,12 @@ class Scheme:
         ]
         return replace(self, overrides=tuple(kept))
 
+    def clipped(self, clip: float) -> Scheme:
+        """The scheme with activations of up to ``CLIPPED_BITS`` cut off at a share of the range of their rows."""
+        if self.activation is None or clip == 1:
+            return self
+        return replace(self, name=f"{self.name}, clipped", activation=replace(self.activation, clip=clip))
+
     @property
     def formats(self) -> dict[str, LinearFormat]:
         """Formats of the linears that are quantized, by role; of a scheme ``for_block`` if its overrides name any."""
@@ -304,6 +326,8 @@ def _overridden(weight: TensorFormat, activation: TensorFormat | None, overrides
             weight = replace(weight, bits=one.weight_bits)
         if one.activation_bits is not None and activation is not None:
             activation = replace(activation, bits=one.activation_bits)
+    if activation is not None and activation.bits > CLIPPED_BITS:
+        activation = replace(activation, clip=1.0)
     return LinearFormat(weight, activation)
 
 

@@ -63,11 +63,22 @@ class NearestRounding:
         per_modality: store one rounded weight Q(W s_m) per modality. An upper bound to compare with, not deployable:
             it stores the model once per modality.
         clip: shrink ranges first, by the second moment of all tokens; null for the full ranges.
+        activation_clip: share of the range of a row that activations of up to four bits keep (QuaRot, arXiv 2404.00456,
+            section 5: 0.9); what is beyond is cut off.
     """
 
     kind: Literal["nearest"] = "nearest"
     per_modality: bool = False
     clip: ClipSearch | None = None
+    activation_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Reject a share that is none.
+
+        Raises:
+            ConfigError: ``activation_clip`` outside (0, 1].
+        """
+        _check_activation_clip(self.activation_clip)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +99,7 @@ class GptqRounding:
             noise in every channel (``masq.rounding.inputs``).
         clip: shrink ranges first, by the Hessian; the scales of groups are then fixed before the sweep. Null for the
             full ranges.
+        activation_clip: as with rounding to nearest.
     """
 
     kind: Literal["gptq"] = "gptq"
@@ -99,13 +111,15 @@ class GptqRounding:
     share: Literal["tokens", "signal"] = "tokens"
     inputs: Literal["exact", "rounded"] = "exact"
     clip: ClipSearch | None = None
+    activation_clip: float = 1.0
 
     def __post_init__(self) -> None:
         """Reject values out of range.
 
         Raises:
-            ConfigError: damping or block size out of range, or a share of what is not there.
+            ConfigError: damping, block size or ``activation_clip`` out of range, or a share of what is not there.
         """
+        _check_activation_clip(self.activation_clip)
         if not 0 < self.damping < float("inf"):
             raise ConfigError("damping must be positive and finite", value=self.damping, remedy="0.01 is usual")
         if self.block_size < 1:
@@ -122,6 +136,11 @@ class GptqRounding:
                 value=f"inputs={self.inputs}, tokens={self.tokens}",
                 remedy="set method.rounding.tokens=remainder",
             )
+
+
+def _check_activation_clip(value: float) -> None:
+    if not 0 < value <= 1:
+        raise ConfigError("activation_clip must lie above 0 and not above 1", value=value, remedy="1 cuts nothing off")
 
 
 Rounding = NoRounding | NearestRounding | GptqRounding

@@ -13,7 +13,7 @@ extern "C" {
 int masq_best_isa();
 int64_t masq_code_bytes(int64_t, int64_t);
 void masq_quantize(const void*, int, const float*, const int64_t*, const uint16_t*, const int64_t*, int64_t, int64_t, int,
-                   int8_t*, float*, int, int);
+                   float, int8_t*, float*, int, int);
 void masq_smooth(const void*, int, const float*, const int64_t*, const uint16_t*, const int64_t*, const int64_t*, int64_t,
                  int64_t, void*, int);
 void masq_gemm(const int8_t*, const float*, const uint8_t*, const float*, const int32_t*, const float*, const int64_t*,
@@ -104,7 +104,7 @@ static int integers(int64_t m, int64_t n, int64_t k, int four, int dtype) {
       int8_t* codes = exactly<int8_t>(masq_code_bytes(m, k));
       float *scale = exactly<float>(m), *y = exactly<float>(m * n);
       uint16_t* half = exactly<uint16_t>(m * n);
-      masq_quantize(x, dtype, inverse, which, centre, which, m, k, 7, codes, scale, isa, threads);
+      masq_quantize(x, dtype, inverse, which, centre, which, m, k, 7, m % 2 ? 8.0f : 7.0f, codes, scale, isa, threads);
       masq_gemm(codes, scale, w, w_scale, offset, bias, which, places, parts, starts, 2, 1, y, 0, m, n, k, four, isa, threads,
                 nullptr, 0);
       masq_gemm(codes, scale, w, w_scale, offset, nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0, half, 2, m, n, k, four, isa,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -98,10 +99,10 @@ def test_many_rows_with_many_inputs(kernel, bits):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", [8, 6, 4])
-def test_codes_are_those_of_the_quantizer(kernel, dtype, bits):
+@pytest.mark.parametrize(("bits", "clip"), [(8, 1.0), (6, 1.0), (4, 1.0), (4, 0.85), (3, 0.1)])
+def test_codes_are_those_of_the_quantizer(kernel, dtype, bits, clip):
     """Ties between two codes, which a product with a reciprocal would round the wrong way, included."""
-    inner, fmt = 200, cases.per_token(bits)
+    inner, fmt = 200, replace(cases.per_token(bits), clip=clip)
     top = fmt.qmax
     ties = torch.arange(inner) % (2 * top + 1) - top + 0.5
     x = torch.cat([ties[None] * scale for scale in (1.0, 3.0, 0.1, 1e-30, 1e30)])

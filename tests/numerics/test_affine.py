@@ -11,6 +11,7 @@ from masq.numerics.scheme import TensorFormat
 
 FORMATS = {
     **{f"symmetric{bits}": TensorFormat(bits, granularity="per_token") for bits in (2, 3, 4, 6, 8)},
+    "clipped4": TensorFormat(4, granularity="per_token", clip=0.7),
     "channel4": TensorFormat(4),
     "channel8_asymmetric": TensorFormat(8, symmetric=False),
     "group4": TensorFormat(4, granularity="per_group", group_size=8),
@@ -31,7 +32,7 @@ def exact_codes(x: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
         for start in range(0, len(row), size):
             group = row[start : start + size]
             if fmt.symmetric:
-                scale, zero = max(abs(v) for v in group) / fmt.qmax, 0
+                scale, zero = fmt.clip * max(abs(v) for v in group) / fmt.qmax, 0
             else:
                 low, high = min(0.0, *group), max(0.0, *group)
                 scale = (high - low) / fmt.qmax
@@ -63,11 +64,14 @@ def test_shapes_and_dtypes(fmt: TensorFormat) -> None:
 
 @every_format
 def test_error_is_at_most_half_a_step(fmt: TensorFormat) -> None:
+    """Of what is not cut off."""
     x = normal(40, 24, dtype=torch.float64) * 10.0
     quantized = quantize(x, fmt)
     error = (quantized.dequantize(torch.float64) - x).abs().unflatten(-1, (quantized.scale.shape[-1], -1))
     # The float32 scale, and a rounded zero point, may each cost a sliver (asymmetric: up to half a step at an end).
     allowed = 0.5 if fmt.symmetric else 1.0
+    if fmt.clip < 1:
+        error = error.where(x.abs().unsqueeze(1) <= fmt.clip * x.abs().amax(1)[:, None, None], 0.0)
     assert (error <= (allowed + 1e-4) * quantized.scale.double().unsqueeze(-1)).all()
 
 
@@ -210,7 +214,7 @@ def composed(x: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
     groups = x.unflatten(-1, (-1, fmt.group_size or x.shape[-1]))
     high, low = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
     symmetric, asymmetric = torch.maximum(high, -low), high.clamp(min=0) - low.clamp(max=0)
-    scale = (symmetric if fmt.symmetric else asymmetric) / fmt.qmax
+    scale = fmt.clip * (symmetric if fmt.symmetric else asymmetric) / fmt.qmax
     scale = scale + (scale.float().double() - scale).detach()
     zero = 0.0 if fmt.symmetric else torch.round(-low.clamp(max=0) / scale).detach()
     z = groups / scale
@@ -275,3 +279,22 @@ def test_dequantize_rounds_once_to_sixteen_bits() -> None:
     assert isinstance(quantized, QuantizedTensor)
     assert torch.equal(quantized.dequantize(torch.float64), exact)
     assert torch.equal(quantized.dequantize(torch.bfloat16), quantized.dequantize(torch.float32).bfloat16())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"clip": 0.0}, {"clip": 1.1}, {"clip": 0.9, "granularity": "per_channel"}, {"clip": 0.9, "symmetric": False}],
+)
+def test_only_ranges_of_symmetric_tokens_are_clipped(changes: dict) -> None:
+    with pytest.raises(ConfigError, match="clip must lie above 0"):
+        TensorFormat(**{"bits": 4, "granularity": "per_token", **changes})
+
+
+def test_clipping_pays_at_four_bits_of_gaussian_rows_and_at_no_eight() -> None:
+    x = normal(64, 576, dtype=torch.float64)
+
+    def error(bits: int, clip: float) -> float:
+        return float((fake_quantize(x, TensorFormat(bits, granularity="per_token", clip=clip)) - x).square().mean())
+
+    assert error(4, 0.85) < 0.9 * error(4, 1.0)
+    assert error(8, 0.85) > error(8, 1.0)

@@ -76,6 +76,7 @@ struct Rows {
   const int64_t* which_centre;  // [M], row of centre, or null for the first
   int64_t m, k;
   int qmax;
+  float divisor;  // Largest magnitude over scale: qmax, or more where ranges are cut off.
   int8_t* codes;
   float* scale;
 
@@ -90,8 +91,8 @@ struct Rows {
 };
 
 // The scale of a row whose largest magnitude has these bits. Integers order like the floats, NaN above infinity.
-inline float scale_of(uint32_t largest, int qmax) {
-  float scale = bits_to_float(largest) / (float)qmax;
+inline float scale_of(uint32_t largest, float divisor) {
+  float scale = bits_to_float(largest) / divisor;
   return scale < 1.17549435e-38f ? 1.0f : scale;
 }
 
@@ -109,14 +110,15 @@ void quantize_row_scalar(const Rows& rows, int64_t row, float* smoothed) {
     uint32_t magnitude = float_to_bits(value) & 0x7fffffffu;
     if (magnitude > largest) largest = magnitude;
   }
-  float scale = scale_of(largest, rows.qmax);
+  float scale = scale_of(largest, rows.divisor);
   rows.scale[row] = scale;
   bool fine = is_finite(scale);
   for (int64_t j = 0; j < rows.k; j += kBlock) {
     int8_t* to = rows.block(row, j / kBlock);
     for (int64_t i = 0; i < kBlock; ++i) {
       // The compiler's rintf rounds half to even.
-      to[i] = fine && j + i < rows.k ? (int8_t)__builtin_rintf(smoothed[j + i] / scale) : 0;
+      float code = fine && j + i < rows.k ? __builtin_rintf(smoothed[j + i] / scale) : 0;
+      to[i] = (int8_t)(code > rows.qmax ? rows.qmax : code < -rows.qmax ? -rows.qmax : code);
     }
   }
 }
@@ -165,12 +167,14 @@ AVX512_TARGET uint32_t smooth_row_avx512(const Rows& rows, int64_t row, float* s
 }
 
 AVX512_TARGET void quantize_row_avx512(const Rows& rows, int64_t row, float* smoothed) {
-  const float scale = scale_of(smooth_row_avx512(rows, row, smoothed), rows.qmax);
+  const float scale = scale_of(smooth_row_avx512(rows, row, smoothed), rows.divisor);
   rows.scale[row] = scale;
   const bool fine = is_finite(scale);
   // Adding 1.5 * 2^23 rounds half to even and leaves the integer in the lowest bits.
   const __m512 shift = _mm512_set1_ps(12582912.0f), close = _mm512_set1_ps(0.4999f);
   const __m512 divisor = _mm512_set1_ps(scale), inverse = _mm512_set1_ps(1.0f / scale);
+  const __m512 highest = _mm512_set1_ps(12582912.0f + rows.qmax), lowest = _mm512_set1_ps(12582912.0f - rows.qmax);
+  const bool clipped = rows.divisor > (float)rows.qmax;
   int8_t* to = rows.block(row, 0);
   for (int64_t j = 0; j < rows.k; j += kBlock, to += kTileBytes) {
     if (!fine) {
@@ -189,6 +193,8 @@ AVX512_TARGET void quantize_row_avx512(const Rows& rows, int64_t row, float* smo
     if (__builtin_expect(unsure, 0))
       for (int i = 0; i < 4; ++i)
         shifted[i] = _mm512_add_ps(_mm512_div_ps(_mm512_loadu_ps(smoothed + j + 16 * i), divisor), shift);
+    if (clipped)
+      for (int i = 0; i < 4; ++i) shifted[i] = _mm512_min_ps(_mm512_max_ps(shifted[i], lowest), highest);
     for (int i = 0; i < 4; ++i)
       _mm_storeu_si128((__m128i*)(to + 16 * i), _mm512_cvtepi32_epi8(_mm512_castps_si512(shifted[i])));
   }
@@ -700,15 +706,15 @@ int64_t masq_code_bytes(int64_t m, int64_t k) {
 }
 
 void masq_quantize(const void* x, int dtype, const float* inverse, const int64_t* which, const uint16_t* centre,
-                   const int64_t* which_centre, int64_t m, int64_t k, int qmax, int8_t* codes, float* scale, int isa,
-                   int threads) {
-  quantize_rows(Rows{x, dtype, inverse, which, centre, which_centre, m, k, qmax, codes, scale}, isa, threads);
+                   const int64_t* which_centre, int64_t m, int64_t k, int qmax, float divisor, int8_t* codes,
+                   float* scale, int isa, int threads) {
+  quantize_rows(Rows{x, dtype, inverse, which, centre, which_centre, m, k, qmax, divisor, codes, scale}, isa, threads);
 }
 
 // Smoothed rows in their own dtype: m of them, those that take names or the first; AVX512 alone.
 void masq_smooth(const void* x, int dtype, const float* inverse, const int64_t* which, const uint16_t* centre,
                  const int64_t* which_centre, const int64_t* take, int64_t m, int64_t k, void* out, int threads) {
-  smooth_rows(Rows{x, dtype, inverse, which, centre, which_centre, m, k, 1, nullptr, nullptr}, take, out, threads);
+  smooth_rows(Rows{x, dtype, inverse, which, centre, which_centre, m, k, 1, 1.0f, nullptr, nullptr}, take, out, threads);
 }
 
 void masq_gemm(const int8_t* codes, const float* a_scale, const uint8_t* w, const float* w_scale, const int32_t* offset,

@@ -168,4 +168,6 @@ def _format_reasons(fmt: LinearFormat) -> list[str]:
         reasons.append(f"inputs of {activation.bits} bits: int4 tensor cores multiply {NIBBLE_BITS} by {NIBBLE_BITS}")
     if not activation.symmetric or activation.granularity != "per_token":
         reasons.append("inputs must be symmetric with one scale a token")
+    if activation.clip < 1:
+        reasons.append("inputs must keep their ranges whole")
     return reasons

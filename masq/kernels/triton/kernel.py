@@ -53,6 +53,8 @@ class TritonKernel(Kernel):
             reasons.append("inputs that are not quantized")
         elif not activation.symmetric or activation.granularity != "per_token":
             reasons.append("inputs must be symmetric with one scale a token")
+        elif activation.clip < 1:
+            reasons.append("inputs must keep their ranges whole")
         if not weight.symmetric or weight.granularity != "per_channel":
             reasons.append("weights must be symmetric with one scale an output channel")
         if spec.in_features > MAX_INPUTS:
