@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments.bench import methods as bench
+from experiments.bench import sizes
 from masq.compose import compose
 from masq.files import read_json
 
@@ -64,3 +65,18 @@ def test_the_committed_table_is_that_of_the_record() -> None:
     assert (ROOT / "results" / "tables" / "methods_time.md").read_text() == bench.render(found)
     assert found["provenance"]["dirty"] is False
     assert {cell["method"] for cell in found["cells"]} <= set(bench.METHODS)
+
+
+def test_the_committed_sizes_are_those_of_the_record() -> None:
+    """Every model within its memory; a run that was killed twice ends with the bits of one that was not."""
+    found = read_json(ROOT / "results" / "bench" / "sizes.json")
+    assert (ROOT / "results" / "tables" / "sizes.md").read_text() == sizes.render(found)
+    limits = {"qwen2_5_vl_3b": 10 * 2**30, "qwen2_5_omni_3b": 10 * 2**30, "qwen2_5_vl_7b": 12 * 2**30}
+    assert found["models"].keys() == limits.keys()
+    for name, steps in found["models"].items():
+        assert all(not step["provenance"]["dirty"] for step in steps)
+        made = [step for step in steps if not step["step"].startswith("load and generate")]
+        assert max(step["peak_memory_bytes"] for step in made) < limits[name]
+    [killed] = [step for step in found["models"]["qwen2_5_vl_3b"] if "same_blocks" in step]
+    assert killed["same_blocks"]
+    assert killed["same_record"]
