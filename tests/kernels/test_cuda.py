@@ -5,6 +5,7 @@ Whatever the kernels allocate is filled with NaN or garbage first.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -83,16 +84,17 @@ def test_integers_do_not_depend_on_the_other_rows(target):
 
 
 @pytest.mark.parametrize("inner", [1, 8, 63, 128, 130, 4104])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_codes_and_scales_are_those_of_affine(target, inner, dtype):
+@pytest.mark.parametrize(("dtype", "clip"), [*((dtype, 1.0) for dtype in DTYPES), (torch.float32, 0.8)])
+def test_codes_and_scales_are_those_of_affine(target, inner, dtype, clip):
     """By bit, whatever the alignment of rows: ``x`` begins where 16 bytes do, or one row later."""
     x, smooth = cases.rows(9, inner, dtype), cases.smoothing(9, inner, 4)
+    fmt = dataclasses.replace(ACTIVATION, clip=clip)
     for given, part in itertools.product((None, smooth), (slice(0, 9), slice(1, 9))):
         own = given and RowSmoothing(given.inverse, given.rows[part])
-        on_device = (x.to(target.device)[part], ACTIVATION, moved(own, target.device))
+        on_device = (x.to(target.device)[part], fmt, moved(own, target.device))
         found = target.kernel.quantize(*on_device)
         smoothed = x[part].float() * (own.inverse[own.rows] if own else 1)
-        wanted = quantize(smoothed, ACTIVATION)
+        wanted = quantize(smoothed, fmt)
         assert found.data.shape == (len(x[part]), -(-inner // 128) * 64)
         codes = unpack_nibbles(found.data.cpu(), found.data.shape[1] * 2, signed=True)
         assert torch.equal(codes[:, :inner], wanted.codes)

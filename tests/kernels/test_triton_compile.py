@@ -139,10 +139,10 @@ def test_rows(capability, num_rows):
     vectors, keep = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows, dtype=torch.int8)
     inverse = torch.empty(3, INNER)
     with for_gpu(capability) as made:
-        ops.smooth_quantize(hidden, inverse, vectors, 127)
-        ops.smooth_quantize(wide, torch.empty(3, 18944), vectors, 127)
-        ops.norm_smooth_quantize(hidden, hidden, hidden[0], 1e-6, inverse, vectors, keep, 127)
-        ops.silu_mul_smooth_quantize(wide, wide, torch.empty(3, 18944), vectors, 127)
+        ops.smooth_quantize(hidden, inverse, vectors, 127, 127.0)
+        ops.smooth_quantize(wide, torch.empty(3, 18944), vectors, 127, 127.0)
+        ops.norm_smooth_quantize(hidden, hidden, hidden[0], 1e-6, inverse, vectors, keep, 127, 127.0)
+        ops.silu_mul_smooth_quantize(wide, wide, torch.empty(3, 18944), vectors, 127, 127.0)
         ops.low_rank_down(hidden, vectors, inverse, vectors, torch.empty(INNER, RANK, dtype=torch.bfloat16))
     found = [Compiled.of(kernel) for kernel in made]
     assert [one.name for one in found] == ["quantize_rows", "quantize_wide_rows"] * 2 + ["project"]

@@ -6,6 +6,8 @@ Whatever the kernels allocate is filled with NaN or garbage first.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -33,15 +35,16 @@ def read_twice(launches, monkeypatch, wide):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bits", "wide"),
+    ("dtype", "bits", "wide", "clip"),
     [
-        *((torch.float32, bits, False) for bits in (8, 6, 4, 2)),
-        *((dtype, 8, wide) for dtype in (torch.bfloat16, torch.float16) for wide in (False, True)),
-        *((torch.float32, bits, True) for bits in (8, 2)),
+        *((torch.float32, bits, False, 1.0) for bits in (8, 6, 4, 2)),
+        *((dtype, 8, wide, 1.0) for dtype in (torch.bfloat16, torch.float16) for wide in (False, True)),
+        *((torch.float32, bits, True, 1.0) for bits in (8, 2)),
+        *((torch.float32, 4, wide, 0.8) for wide in (False, True)),
     ],
 )
-def test_rows_have_the_codes_of_the_reference(triton_device, launches, monkeypatch, wide, dtype, bits):
-    fmt = cases.per_token(bits)
+def test_rows_have_the_codes_of_the_reference(triton_device, launches, monkeypatch, wide, dtype, bits, clip):
+    fmt = replace(cases.per_token(bits), clip=clip)
     read_twice(launches, monkeypatch, wide)
     # Every row is a program of its own: many of them once.
     for count, inner in ((1, 1), (5, 130), (70 if (bits, wide) == (8, False) else 7, 128), (3, 2100)):

@@ -15,11 +15,9 @@ from masq.errors import ConfigError
 from masq.export import checkpoint
 from masq.finished import load_finished, stages_of
 from masq.identity import identity
-from masq.kernels import KERNELS
-from masq.kernels.base import LinearSpec
 from masq.models.zoo import nano
 from masq.modules.quant_linear import QuantLinear
-from masq.numerics.scheme import LinearFormat, Override, Scheme, TensorFormat
+from masq.numerics.scheme import Override, Scheme, TensorFormat
 from masq.run import run
 from tests.test_run import METHODS, plain, splits  # noqa: F401
 
@@ -96,10 +94,3 @@ def test_simulated_packed_and_exported_alike(splits: dict[str, Path], tmp_path: 
     with torch.no_grad():
         logits, wanted = loaded(**batch.inputs).logits, adapter.model(**batch.inputs).logits
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_kernels_of_gpus_say_that_they_do_not(name: str) -> None:
-    fmt = LinearFormat(TensorFormat(4), TensorFormat(4, granularity="per_token", clip=0.85))
-    reasons = KERNELS.get(name)().not_supported_reasons(LinearSpec(64, 64, fmt, "cuda"))
-    assert any("ranges whole" in reason for reason in reasons)

@@ -105,7 +105,7 @@ class CudaKernel(Kernel):
         check_rows(x, smoothing)
         if smoothing is not None:
             x, smoothing = smoothing.without_centre(x)
-        codes, scale = launch.quantize(self._library(x.device), x, smoothing, activation.qmax)
+        codes, scale = launch.quantize(self._library(x.device), x, smoothing, activation)
         return QuantizedActivation(codes, scale, len(x))
 
     def prepare_factors(
@@ -168,6 +168,4 @@ def _format_reasons(fmt: LinearFormat) -> list[str]:
         reasons.append(f"inputs of {activation.bits} bits: int4 tensor cores multiply {NIBBLE_BITS} by {NIBBLE_BITS}")
     if not activation.symmetric or activation.granularity != "per_token":
         reasons.append("inputs must be symmetric with one scale a token")
-    if activation.clip < 1:
-        reasons.append("inputs must keep their ranges whole")
     return reasons

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from masq.kernels.base import LowRank
+    from masq.numerics.scheme import TensorFormat
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_TERMS = 4
-_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 _EMULATED_PROCESSORS = 2
 
 
@@ -34,6 +35,7 @@ class _Rows(ctypes.Structure):
         *((name, _POINTER) for name in ("x", "inverse", "vectors", "codes", "scales")),
         *((name, _LONG) for name in ("rows", "inputs", "line")),
         *((name, _INT) for name in ("type", "qmax")),
+        ("divisor", _FLOAT),
     )
 
 
@@ -63,7 +65,7 @@ def processors(device: torch.device) -> int:
 
 
 def quantize(
-    library: Any, x: torch.Tensor, smoothing: RowSmoothing | None, qmax: int
+    library: Any, x: torch.Tensor, smoothing: RowSmoothing | None, fmt: TensorFormat
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes uint8 [N, P / 2], the even input in the lower half of a byte, and scales float32 [N, 1] of x [N, I]."""
     if x.data_ptr() % 16:
@@ -73,7 +75,8 @@ def quantize(
     codes = x.new_empty(num_rows, line, dtype=torch.uint8)
     scale = x.new_empty(num_rows, 1, dtype=torch.float32)
     given = _Rows(x=x.data_ptr(), codes=codes.data_ptr(), scales=scale.data_ptr())
-    given.rows, given.inputs, given.line, given.type, given.qmax = num_rows, inputs, line, DTYPES[x.dtype], qmax
+    given.rows, given.inputs, given.line, given.type = num_rows, inputs, line, DTYPES[x.dtype]
+    given.qmax, given.divisor = fmt.qmax, fmt.divisor
     if smoothing is not None:
         assert smoothing.inverse is not None
         given.inverse, given.vectors = smoothing.inverse.data_ptr(), _pointer(smoothing.rows)

@@ -36,9 +36,12 @@ def rounded(values, to: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _codes(values, scale):
+def _codes(values, scale, QMAX: tl.constexpr, DIVISOR: tl.constexpr):
     """Nearest codes, int8: the lowest byte of a float32 in which one unit is the last place."""
-    return (tl.div_rn(values, scale) + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+    quotient = tl.div_rn(values, scale)
+    if DIVISOR > QMAX:
+        quotient = tl.minimum(tl.maximum(quotient, -QMAX * 1.0), QMAX * 1.0)
+    return (quotient + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
@@ -48,8 +51,8 @@ def _highest(values):
 
 
 @triton.jit
-def _scale(bits, QMAX: tl.constexpr):
-    scale = tl.div_rn(bits.to(tl.float32, bitcast=True), QMAX * 1.0)
+def _scale(bits, DIVISOR: tl.constexpr):
+    scale = tl.div_rn(bits.to(tl.float32, bitcast=True), DIVISOR * 1.0)
     return tl.where(scale < _SMALLEST_SCALE, 1.0, scale)
 
 
@@ -91,6 +94,7 @@ def quantize_rows(  # noqa: PLR0913
     eps,
     SOURCE: tl.constexpr,
     QMAX: tl.constexpr,
+    DIVISOR: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -123,9 +127,10 @@ def quantize_rows(  # noqa: PLR0913
             tl.store(normed + at, rounded(values, normed.dtype.element_ty, INTERPRETED), mask=kept)
     if inverse is not None:
         values = _smoothed(values, inverse, vectors, row, alive, column, num_inner)
-    scale = _scale(_highest(values), QMAX)
+    scale = _scale(_highest(values), DIVISOR)
     padded = alive[:, None] & (column < num_padded)[None, :]
-    tl.store(codes + row[:, None] * num_padded + column[None, :], _codes(values, scale[:, None]), mask=padded)
+    nearest = _codes(values, scale[:, None], QMAX, DIVISOR)
+    tl.store(codes + row[:, None] * num_padded + column[None, :], nearest, mask=padded)
     tl.store(scales + row, scale, mask=alive)
 
 
@@ -156,6 +161,7 @@ def quantize_wide_rows(  # noqa: PLR0913
     other_stride,
     SOURCE: tl.constexpr,
     QMAX: tl.constexpr,
+    DIVISOR: tl.constexpr,
     COLUMNS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -171,11 +177,11 @@ def quantize_wide_rows(  # noqa: PLR0913
         inverse_at = None if inverse is None else inverse_row + column
         values = _part(x + row * x_stride + column, other_at, inverse_at, column < num_inner, SOURCE)
         largest = tl.maximum(largest, values.to(tl.int32, bitcast=True) & _MAGNITUDE_BITS)
-    scale = _scale(tl.max(largest, axis=0), QMAX)
+    scale = _scale(tl.max(largest, axis=0), DIVISOR)
     for start in range(0, num_padded, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         other_at = x if other is None else other + row * other_stride + column
         inverse_at = None if inverse is None else inverse_row + column
         values = _part(x + row * x_stride + column, other_at, inverse_at, column < num_inner, SOURCE)
-        tl.store(codes + row * num_padded + column, _codes(values, scale), mask=column < num_padded)
+        tl.store(codes + row * num_padded + column, _codes(values, scale, QMAX, DIVISOR), mask=column < num_padded)
     tl.store(scales + row, scale)

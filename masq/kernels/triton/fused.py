@@ -60,7 +60,9 @@ def normalize(  # noqa: PLR0913
     from masq.kernels.triton import ops
 
     vectors = _vectors(smoothing)
-    codes, scale, summed, normed = ops.norm_smooth_quantize(x, residual, gamma, eps, *vectors, keep, activation.qmax)
+    codes, scale, summed, normed = ops.norm_smooth_quantize(
+        x, residual, gamma, eps, *vectors, keep, activation.qmax, activation.divisor
+    )
     quantized = QuantizedActivation(codes, scale, len(x))
     return NormalizedRows(quantized, None if residual is None else summed, None if keep is None else normed)
 
@@ -71,7 +73,7 @@ def silu_times_up(
     """SiLU(gate) * up in float32, smoothed and quantized; both [N, I], parts of the columns of one matrix or not."""
     from masq.kernels.triton import ops
 
-    codes, scale = ops.silu_mul_smooth_quantize(gate, up, *_vectors(smoothing), activation.qmax)
+    codes, scale = ops.silu_mul_smooth_quantize(gate, up, *_vectors(smoothing), activation.qmax, activation.divisor)
     return QuantizedActivation(codes, scale, len(gate))
 
 

@@ -53,8 +53,6 @@ class TritonKernel(Kernel):
             reasons.append("inputs that are not quantized")
         elif not activation.symmetric or activation.granularity != "per_token":
             reasons.append("inputs must be symmetric with one scale a token")
-        elif activation.clip < 1:
-            reasons.append("inputs must keep their ranges whole")
         if not weight.symmetric or weight.granularity != "per_channel":
             reasons.append("weights must be symmetric with one scale an output channel")
         if spec.in_features > MAX_INPUTS:
@@ -84,7 +82,7 @@ class TritonKernel(Kernel):
         if smoothing is not None:
             x, smoothing = smoothing.without_centre(x)
         inverse, rows = (None, None) if smoothing is None else (smoothing.inverse, smoothing.rows)
-        codes, scale = ops.smooth_quantize(x, inverse, rows, activation.qmax)
+        codes, scale = ops.smooth_quantize(x, inverse, rows, activation.qmax, activation.divisor)
         return QuantizedActivation(codes, scale, len(x))
 
     def prepare_factors(

@@ -82,7 +82,7 @@ def _row_shape(num_rows: int, num_padded: int) -> dict[str, int]:
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": min(max(triton.next_power_of_2(warps), 4), 32)}
 
 
-def _quantize(x: torch.Tensor, qmax: int, source: int, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize(x: torch.Tensor, ends: tuple[int, float], source: int, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows, num_inner = x.shape
     num_padded = _padded(num_inner)
     codes = x.new_empty(num_rows, num_padded, dtype=torch.int8)
@@ -97,7 +97,8 @@ def _quantize(x: torch.Tensor, qmax: int, source: int, **given: Any) -> tuple[to
                 *(given.get(name) for name in ("other", "inverse", "vectors")),
                 *(codes, scale, num_inner, num_padded, x.stride(0), 0 if other is None else other.stride(0)),
                 SOURCE=source,
-                QMAX=qmax,
+                QMAX=ends[0],
+                DIVISOR=ends[1],
                 COLUMNS=_WIDE_COLUMNS,
                 num_warps=8,
             )
@@ -108,7 +109,8 @@ def _quantize(x: torch.Tensor, qmax: int, source: int, **given: Any) -> tuple[to
             *(num_rows, num_inner, num_padded, x.stride(0), 0 if other is None else other.stride(0)),
             given.get("eps", 0.0),
             SOURCE=source,
-            QMAX=qmax,
+            QMAX=ends[0],
+            DIVISOR=ends[1],
             **shape,
         )
     return codes, scale
@@ -119,28 +121,35 @@ def _empty_codes(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @_operation(
-    "smooth_quantize(Tensor x, Tensor? inverse, Tensor? vectors, int qmax) -> (Tensor, Tensor)", fake=_empty_codes
+    "smooth_quantize(Tensor x, Tensor? inverse, Tensor? vectors, int qmax, float divisor) -> (Tensor, Tensor)",
+    fake=_empty_codes,
 )
 def smooth_quantize(
-    x: torch.Tensor, inverse: torch.Tensor | None, vectors: torch.Tensor | None, qmax: int
+    x: torch.Tensor, inverse: torch.Tensor | None, vectors: torch.Tensor | None, qmax: int, divisor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes int8 [N, P] and scales float32 [N, 1] of ``x[i] * inverse[vectors[i]]``; x [N, I], rows in one piece."""
-    return _quantize(x, qmax, device_rows.ROWS, inverse=inverse, vectors=vectors)
+    return _quantize(x, (qmax, divisor), device_rows.ROWS, inverse=inverse, vectors=vectors)
 
 
 @_operation(
-    "silu_mul_smooth_quantize(Tensor gate, Tensor up, Tensor? inverse, Tensor? vectors, int qmax) -> (Tensor, Tensor)",
+    "silu_mul_smooth_quantize(Tensor gate, Tensor up, Tensor? inverse, Tensor? vectors, int qmax, float divisor) "
+    "-> (Tensor, Tensor)",
     fake=_empty_codes,
 )
 def silu_mul_smooth_quantize(
-    gate: torch.Tensor, up: torch.Tensor, inverse: torch.Tensor | None, vectors: torch.Tensor | None, qmax: int
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    inverse: torch.Tensor | None,
+    vectors: torch.Tensor | None,
+    qmax: int,
+    divisor: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``smooth_quantize``, of SiLU(gate) * up in float32; both [N, I], views of one matrix or not."""
-    return _quantize(gate, qmax, device_rows.SILU_MUL, other=up, inverse=inverse, vectors=vectors)
+    return _quantize(gate, (qmax, divisor), device_rows.SILU_MUL, other=up, inverse=inverse, vectors=vectors)
 
 
 def _empty_norm(x: torch.Tensor, residual: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor, ...]:
-    keep = _[-2]
+    keep = _[-3]
     nothing = x.new_empty(0)
     return (
         *_empty_codes(x),
@@ -151,7 +160,7 @@ def _empty_norm(x: torch.Tensor, residual: torch.Tensor | None, *_: Any) -> tupl
 
 @_operation(
     "norm_smooth_quantize(Tensor x, Tensor? residual, Tensor gamma, float eps, Tensor? inverse, Tensor? vectors, "
-    "Tensor? keep, int qmax) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? keep, int qmax, float divisor) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_empty_norm,
 )
 def norm_smooth_quantize(  # noqa: PLR0913
@@ -163,6 +172,7 @@ def norm_smooth_quantize(  # noqa: PLR0913
     vectors: torch.Tensor | None,
     keep: torch.Tensor | None,
     qmax: int,
+    divisor: float,
 ) -> tuple[torch.Tensor, ...]:
     """As ``smooth_quantize``, of x [N, I], plus a residual, under RMSNorm with ``gamma`` [I] in float32.
 
@@ -174,7 +184,7 @@ def norm_smooth_quantize(  # noqa: PLR0913
     normed = None if keep is None else torch.empty_like(x)
     given = {"inverse": inverse, "vectors": vectors, "summed": summed, "normed": normed, "gamma": gamma, "eps": eps}
     kept = None if keep is None else keep.view(torch.int8)
-    codes, scale = _quantize(x, qmax, device_rows.NORM, other=residual, keep=kept, **given)
+    codes, scale = _quantize(x, (qmax, divisor), device_rows.NORM, other=residual, keep=kept, **given)
     return codes, scale, x.new_empty(0) if summed is None else summed, x.new_empty(0) if normed is None else normed
 
 

@@ -17,6 +17,7 @@ struct Rows {
   float* scales;           // [N]
   int64_t rows, inputs, line;
   int32_t type, qmax;
+  float divisor;  // Largest magnitude over scale: qmax, or more where ranges are cut off.
 };
 
 // A low-rank correction of some rows: u[place] times the transposed right is added.

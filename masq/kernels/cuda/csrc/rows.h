@@ -62,14 +62,18 @@ MASQ_KERNEL(kRowThreads, 1) quantize_row(const Rows given) {
       highest = magnitude > highest ? magnitude : highest;
     }
   }
-  float scale = bits_to_number(max_of_program(highest)) / (float)given.qmax;
+  float scale = bits_to_number(max_of_program(highest)) / given.divisor;
   if (scale < kSmallestScale) scale = 1.0f;
   if (thread_index() == 0) given.scales[row] = scale;
   for (int64_t word = thread_index(); word < words; word += num_threads()) {
     load_eight(values, given, row, vector, word * 8);
     uint32_t codes = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) codes |= (number_to_bits(values[i] / scale + kMagic) & 15u) << (4 * i);
+    for (int i = 0; i < 8; ++i) {
+      float code = values[i] / scale;
+      code = code > given.qmax ? given.qmax : code < -given.qmax ? -given.qmax : code;
+      codes |= (number_to_bits(code + kMagic) & 15u) << (4 * i);
+    }
     ((uint32_t*)(given.codes + row * given.line))[word] = codes;
   }
 }
