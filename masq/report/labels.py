@@ -60,7 +60,8 @@ def execution_of(record: RunRecord) -> str:
 
 def calibration_of(record: RunRecord) -> str:
     """How many samples of what, drawn how, and whose activations stages looked at."""
-    found = {key: lookup(record.config, "calibration", key) for key in ("samples_per_task", "samples", "mix", "chain")}
+    keys = ("samples_per_task", "samples", "mix", "chain", "source")
+    found = {key: lookup(record.config, "calibration", key) for key in keys}
     text = f"{found['samples_per_task']} of each task"
     if isinstance(found["samples"], int):
         mix = found["mix"] if isinstance(found["mix"], dict) else {}
@@ -68,4 +69,5 @@ def calibration_of(record: RunRecord) -> str:
         text = f"{found['samples']} in all, " + (f"tasks of {shares}" if shares else "every task alike")
     elif found["samples_per_task"] is None:
         text = "all there are"
+    text += ", of the evaluation split" if found["source"] == "evaluation" else ""
     return text + (", activations of the float model" if found["chain"] == "float" else "")

@@ -78,6 +78,11 @@ def test_calibration_and_its_seed_appear_only_when_they_vary() -> None:
         "every task alike",
         "tasks of text 1",
     ]
+    sources = [make_record("gptq", calibration={**drawn, "source": source}) for source in ("auto", "evaluation")]
+    assert [
+        row[2].endswith(", of the evaluation split, activations of the float model")
+        for row in rows_of(table(sources))[2:]
+    ] == [False, True]
 
 
 def test_model_and_modality_appear_only_when_they_vary() -> None:
