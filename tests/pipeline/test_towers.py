@@ -14,8 +14,8 @@ from transformers import AutoModelForImageTextToText
 
 from masq.calibration.replay import capture
 from masq.config import RunConfig, decode, to_dict
-from masq.errors import ConfigError, DataError
-from masq.export import checkpoint
+from masq.errors import ConfigError, DataError, ModelError
+from masq.export import checkpoint, compressed_tensors
 from masq.finished import load_finished
 from masq.identity import folder_name, identity
 from masq.models.base import Modality
@@ -218,3 +218,17 @@ def test_a_model_from_disk_keeps_its_towers(splits: dict[str, Path], tmp_path: P
     assert (folder / "blocks" / FILE).stat().st_mtime_ns == kept
     assert again.fidelity == first.fidelity
     assert load(run_config.model).towers().keys() == {"model.visual", "model.audio_tower"}
+
+
+def test_other_engines_get_towers_of_the_decoder_s_format(splits: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
+    """compressed-tensors has one format for all linears: towers are quantized like the decoder, or in float."""
+    run(config(splits, tmp_path / "same", W8A8, method="smoothquant", scheme="w8a8"))
+    run(config(splits, tmp_path / "other", W4A16, method="smoothquant", scheme="w8a8"))
+    folders = {
+        name: next(path.parent for path in (tmp_path / name).glob("*/record.json")) for name in ("same", "other")
+    }
+    compressed_tensors.save(load_finished(folders["same"]), tmp_path / "out", {})
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert sum("visual" in name and name.endswith("weight_scale") for name in stored) > 0
+    with pytest.raises(ModelError, match="one"):
+        compressed_tensors.save(load_finished(folders["other"]), tmp_path / "no", {})
