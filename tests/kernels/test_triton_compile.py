@@ -144,8 +144,11 @@ def test_rows(capability, num_rows):
         ops.norm_smooth_quantize(hidden, hidden, hidden[0], 1e-6, inverse, vectors, keep, 127, 127.0)
         ops.silu_mul_smooth_quantize(wide, wide, torch.empty(3, 18944), vectors, 127, 127.0)
         ops.low_rank_down(hidden, vectors, inverse, vectors, torch.empty(INNER, RANK, dtype=torch.bfloat16))
+        for rows, factors in ((hidden, inverse), (wide, torch.empty(3, 18944))):
+            ops.smooth_quantize(rows, factors, vectors, 7, 8.75, factors.bfloat16(), vectors)
     found = [Compiled.of(kernel) for kernel in made]
-    assert [one.name for one in found] == ["quantize_rows", "quantize_wide_rows"] * 2 + ["project"]
+    names = ["quantize_rows", "quantize_wide_rows"]
+    assert [one.name for one in found] == [*names * 2, "project", *names]
     for compiled in found:
         check_limits(compiled, capability)
     # Division by the scale is exact, as that of the reference.

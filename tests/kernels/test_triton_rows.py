@@ -52,7 +52,9 @@ def test_rows_have_the_codes_of_the_reference(triton_device, launches, monkeypat
         # Every value halfway between two codes of a row whose scale is one.
         x[0] = (torch.arange(inner) % (2 * fmt.qmax) - fmt.qmax + 0.5).to(dtype)
         x[0, 0] = fmt.qmax
-        for given in (None, smooth, RowSmoothing(smooth.inverse[:1].contiguous(), None)):
+        one_centre = RowSmoothing(None, None, cases.centring(count, inner).centre[:1].contiguous(), None)
+        centred = cases.centring(count, inner), cases.centring(count, inner, smooth), one_centre
+        for given in (None, smooth, RowSmoothing(smooth.inverse[:1].contiguous(), None), *centred):
             found = KERNEL.quantize(x.to(triton_device), fmt, moved(given, triton_device))
             wanted = cases.ReferenceKernel().quantize(x, fmt, given)
             codes = found.data.cpu()

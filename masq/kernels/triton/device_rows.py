@@ -67,6 +67,16 @@ def _smoothed(values, inverse, vectors, row, alive, column, num_inner):
 
 
 @triton.jit
+def _centred(values, centre, centres, row, alive, column, num_inner):
+    """Rows less the centre that each has."""
+    which = tl.zeros_like(row)
+    if centres is not None:
+        which = tl.load(centres + row, mask=alive, other=0)
+    at = centre + which[:, None] * num_inner + column[None, :]
+    return values - tl.load(at, mask=(column < num_inner)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _normalized(values, gamma, column, num_inner, eps):
     """Rows under RMSNorm (arXiv 1910.07467), eps inside the root."""
     mean = tl.div_rn(tl.sum(values * values, axis=1), num_inner * 1.0)
@@ -81,6 +91,8 @@ def quantize_rows(  # noqa: PLR0913
     gamma,
     inverse,
     vectors,
+    centre,
+    centres,
     keep,
     codes,
     scales,
@@ -101,8 +113,9 @@ def quantize_rows(  # noqa: PLR0913
 ):
     """Codes int8 [N, P], zero from I on, and scales float32 [N] of x [N, I]; one program takes ``ROWS`` rows.
 
-    ``other``: residual or up, [N, I]; ``vectors``: int64 [N] into ``inverse`` float32 [U, I]; ``summed``: where x plus
-    the residual goes; ``normed``: where normalized rows go, those that ``keep`` (int8 [N]) names.
+    ``other``: residual or up, [N, I]; ``vectors``: int64 [N] into ``inverse`` float32 [U, I]; ``centres``: int64 [N]
+    into ``centre`` bfloat16 [C, I]; ``summed``: where x plus the residual goes; ``normed``: where normalized rows go,
+    those that ``keep`` (int8 [N]) names.
     """
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, COLUMNS)
@@ -125,6 +138,8 @@ def quantize_rows(  # noqa: PLR0913
         if keep is not None:
             kept = inside & (tl.load(keep + row, mask=alive, other=0) != 0)[:, None]
             tl.store(normed + at, rounded(values, normed.dtype.element_ty, INTERPRETED), mask=kept)
+    if centre is not None:
+        values = _centred(values, centre, centres, row, alive, column, num_inner)
     if inverse is not None:
         values = _smoothed(values, inverse, vectors, row, alive, column, num_inner)
     scale = _scale(_highest(values), DIVISOR)
@@ -135,13 +150,15 @@ def quantize_rows(  # noqa: PLR0913
 
 
 @triton.jit
-def _part(x_at, other_at, inverse_at, inside, SOURCE: tl.constexpr):
+def _part(x_at, other_at, inverse_at, centre_at, inside, SOURCE: tl.constexpr):
     """Smoothed values of some columns of one row, float32."""
     values = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
     if SOURCE == _SILU_MUL:
         small = tl.exp(-tl.abs(values))
         up = tl.load(other_at, mask=inside, other=0.0).to(tl.float32)
         values = values * tl.where(values >= 0, 1.0, small) / (1.0 + small) * up
+    if centre_at is not None:
+        values = values - tl.load(centre_at, mask=inside, other=0.0).to(tl.float32)
     if inverse_at is not None:
         values = values * tl.load(inverse_at, mask=inside, other=0.0)
     return values
@@ -153,6 +170,8 @@ def quantize_wide_rows(  # noqa: PLR0913
     other,
     inverse,
     vectors,
+    centre,
+    centres,
     codes,
     scales,
     num_inner,
@@ -170,18 +189,23 @@ def quantize_wide_rows(  # noqa: PLR0913
     inverse_row = inverse
     if vectors is not None:
         inverse_row = inverse + tl.load(vectors + row) * num_inner
+    centre_row = centre
+    if centres is not None:
+        centre_row = centre + tl.load(centres + row) * num_inner
     largest = tl.zeros((COLUMNS,), tl.int32)
     for start in range(0, num_inner, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         other_at = x if other is None else other + row * other_stride + column
         inverse_at = None if inverse is None else inverse_row + column
-        values = _part(x + row * x_stride + column, other_at, inverse_at, column < num_inner, SOURCE)
+        centre_at = None if centre is None else centre_row + column
+        values = _part(x + row * x_stride + column, other_at, inverse_at, centre_at, column < num_inner, SOURCE)
         largest = tl.maximum(largest, values.to(tl.int32, bitcast=True) & _MAGNITUDE_BITS)
     scale = _scale(tl.max(largest, axis=0), DIVISOR)
     for start in range(0, num_padded, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         other_at = x if other is None else other + row * other_stride + column
         inverse_at = None if inverse is None else inverse_row + column
-        values = _part(x + row * x_stride + column, other_at, inverse_at, column < num_inner, SOURCE)
+        centre_at = None if centre is None else centre_row + column
+        values = _part(x + row * x_stride + column, other_at, inverse_at, centre_at, column < num_inner, SOURCE)
         tl.store(codes + row * num_padded + column, _codes(values, scale, QMAX, DIVISOR), mask=column < num_padded)
     tl.store(scales + row, scale)

@@ -79,10 +79,9 @@ class TritonKernel(Kernel):
 
         assert activation is not None, "see not_supported_reasons"
         check_rows(x, smoothing)
-        if smoothing is not None:
-            x, smoothing = smoothing.without_centre(x)
-        inverse, rows = (None, None) if smoothing is None else (smoothing.inverse, smoothing.rows)
-        codes, scale = ops.smooth_quantize(x, inverse, rows, activation.qmax, activation.divisor)
+        given = smoothing or RowSmoothing(None, None)
+        ends = activation.qmax, activation.divisor
+        codes, scale = ops.smooth_quantize(x, given.inverse, given.rows, *ends, given.centre, given.centre_rows)
         return QuantizedActivation(codes, scale, len(x))
 
     def prepare_factors(

@@ -87,14 +87,14 @@ def _quantize(x: torch.Tensor, ends: tuple[int, float], source: int, **given: An
     num_padded = _padded(num_inner)
     codes = x.new_empty(num_rows, num_padded, dtype=torch.int8)
     scale = x.new_empty(num_rows, 1, dtype=torch.float32)
-    names = ("other", "gamma", "inverse", "vectors", "keep")
+    names = ("other", "gamma", "inverse", "vectors", "centre", "centres", "keep")
     other = given.get("other")
     shape = _row_shape(num_rows, num_padded)
     if num_padded > WIDE and source != device_rows.NORM:
         if num_rows:
             _launch(
                 *(device_rows.quantize_wide_rows, (num_rows,), x.device, x),
-                *(given.get(name) for name in ("other", "inverse", "vectors")),
+                *(given.get(name) for name in ("other", "inverse", "vectors", "centre", "centres")),
                 *(codes, scale, num_inner, num_padded, x.stride(0), 0 if other is None else other.stride(0)),
                 SOURCE=source,
                 QMAX=ends[0],
@@ -121,14 +121,25 @@ def _empty_codes(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @_operation(
-    "smooth_quantize(Tensor x, Tensor? inverse, Tensor? vectors, int qmax, float divisor) -> (Tensor, Tensor)",
+    "smooth_quantize(Tensor x, Tensor? inverse, Tensor? vectors, int qmax, float divisor, Tensor? centre=None, "
+    "Tensor? centres=None) -> (Tensor, Tensor)",
     fake=_empty_codes,
 )
 def smooth_quantize(
-    x: torch.Tensor, inverse: torch.Tensor | None, vectors: torch.Tensor | None, qmax: int, divisor: float
+    x: torch.Tensor,
+    inverse: torch.Tensor | None,
+    vectors: torch.Tensor | None,
+    qmax: int,
+    divisor: float,
+    centre: torch.Tensor | None = None,
+    centres: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes int8 [N, P] and scales float32 [N, 1] of ``x[i] * inverse[vectors[i]]``; x [N, I], rows in one piece."""
-    return _quantize(x, (qmax, divisor), device_rows.ROWS, inverse=inverse, vectors=vectors)
+    """Codes int8 [N, P] and scales float32 [N, 1] of ``(x[i] - centre[centres[i]]) * inverse[vectors[i]]``.
+
+    x [N, I], rows in one piece.
+    """
+    given = {"inverse": inverse, "vectors": vectors, "centre": centre, "centres": centres}
+    return _quantize(x, (qmax, divisor), device_rows.ROWS, **given)
 
 
 @_operation(
