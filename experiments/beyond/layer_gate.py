@@ -22,6 +22,7 @@ import torch
 import yaml
 
 from experiments.beyond import affine
+from masq import finished
 from masq.calibration.data import batches, dataset_hash, load_samples
 from masq.calibration.replay import BlockData, ReplayBatch, advance, capture
 from masq.compose import compose
@@ -39,7 +40,6 @@ from masq.pipeline.fitting import Chain, Prepared, quantize_one, token_sample
 from masq.pipeline.progress import BlockClock
 from masq.pipeline.store import ALL_ROLES
 from masq.report.provenance import provenance
-from masq.rounding.config import NoRounding
 from masq.transforms.config import LearnedSmoothing
 from masq.transforms.learned import learn_factors
 from masq.transforms.rotation import rotate_model
@@ -62,18 +62,7 @@ def arms() -> dict[str, list[str]]:
 
 def stages_of(config: RunConfig) -> Stages:
     """The method of a configuration, on the float chain: every arm sees the same inputs."""
-    method = config.method
-    assert not isinstance(method.rounding, NoRounding)
-    return Stages(
-        method.smoothing,
-        method.rounding,
-        method.compensation,
-        config.scheme,
-        config.seed,
-        method.rotation,
-        method.centring,
-        "float",
-    )
+    return replace(finished.stages_of(config), chain="float")
 
 
 @dataclass(frozen=True)
