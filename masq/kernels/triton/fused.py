@@ -92,7 +92,5 @@ def project(
 def _vectors(smoothing: RowSmoothing | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     if smoothing is None:
         return None, None
-    assert smoothing.centre is None, (
-        "kernels of the layer before subtract no centres: Kernel.quantize does"
-    )
+    assert smoothing.centre is None, "kernels of the layer before subtract no centres: Kernel.quantize does"
     return smoothing.inverse, smoothing.rows
