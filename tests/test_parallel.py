@@ -20,7 +20,7 @@ from masq.tensors import load_tensors
 ROOT = Path(__file__).parents[1]
 # Runs one nano model with every method in each process; the first keeps the blocks, all say what they found.
 WORKER = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 import torch
 from masq import parallel
@@ -29,6 +29,7 @@ from masq.compensation.config import WhitenedLowRank
 from masq.models.qwen2_5_omni import Qwen25OmniAdapter
 from masq.models.zoo import nano
 from masq.modules.modality import install
+from masq.numerics.scheme import RoundedTowers, TensorFormat
 from masq.pipeline import loop
 from masq.pipeline.store import BlockStore, block_tensors
 from masq.rounding.config import ClipSearch, GptqRounding
@@ -41,6 +42,7 @@ from tests.nano_fixtures import stages
 LOW = WhitenedLowRank(rank_ratio=0.1)
 METHODS = {
     "rtn": {},
+    "towers": {"towers": RoundedTowers(TensorFormat(8), TensorFormat(8, granularity="per_token"))},
     "smoothquant": {"smoothing": SharedSmoothing()},
     "gptq": {"rounding": GptqRounding()},
     "mbq": {"smoothing": MbqSmoothing(tokens=64)},
@@ -63,6 +65,9 @@ with parallel.joined():
         samples = [nano.random_samples(kinds, count, seed=3) for kinds, count in counts]
         batches = [encode_share(adapter, batch) for batch in samples]
         stores = {which: BlockStore(folder / name / which) for which in ("blocks", "factors")}
+        if name == "towers":
+            # The second process comes when the first may have written the towers already.
+            time.sleep(parallel.rank())
         report = loop.quantize(adapter, batches, stages("rtn", "w4a6", **METHODS[name]), context, **stores)
         own = {f"{i}.{k}": v for i, block in enumerate(adapter.blocks()) for k, v in block_tensors(block).items()}
         same = all(torch.equal(part, own[key]) for key in own for part in parallel.stacked(own[key]))
@@ -70,7 +75,7 @@ with parallel.joined():
             found = {"size": parallel.size(), "same": same, "blocks": report.blocks, "warnings": report.warnings}
             (folder / name / "report.json").write_text(json.dumps(found))
 """
-NAMES = ("rtn", "smoothquant", "gptq", "mbq", "masquant", "masq")
+NAMES = ("rtn", "towers", "smoothquant", "gptq", "mbq", "masquant", "masq")
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:

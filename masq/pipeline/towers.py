@@ -42,7 +42,9 @@ def quantize_towers(adapter: ModelAdapter, config: RoundedTowers, folder: Path) 
         NumericalError: a weight is not finite; the message names the linear.
         DataError: the stored towers are damaged.
     """
-    if load_tensors(folder / FILE) is None:
+    missing = torch.tensor(float(load_tensors(folder / FILE) is None))
+    # All processes look before the first of them writes, and come to the same answer.
+    if parallel.greatest(missing):
         kept: dict[str, torch.Tensor] = {}
         for name, tower in adapter.towers().items():
             with memory_errors_of(f"the tower {name}"), adapter.residence.present(tower):

@@ -230,5 +230,5 @@ def test_other_engines_get_towers_of_the_decoder_s_format(splits: dict[str, Path
     compressed_tensors.save(load_finished(folders["same"]), tmp_path / "out", {})
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert sum("visual" in name and name.endswith("weight_scale") for name in stored) > 0
-    with pytest.raises(ModelError, match="one"):
+    with pytest.raises(ModelError, match="one format of all quantized linears"):
         compressed_tensors.save(load_finished(folders["other"]), tmp_path / "no", {})

@@ -57,23 +57,13 @@ def _scale(bits, DIVISOR: tl.constexpr):
 
 
 @triton.jit
-def _smoothed(values, inverse, vectors, row, alive, column, num_inner):
-    """Rows times the smoothing vector that each has."""
-    vector = tl.zeros_like(row)
-    if vectors is not None:
-        vector = tl.load(vectors + row, mask=alive, other=0)
-    at = inverse + vector[:, None] * num_inner + column[None, :]
-    return values * tl.load(at, mask=(column < num_inner)[None, :], other=0.0)
-
-
-@triton.jit
-def _centred(values, centre, centres, row, alive, column, num_inner):
-    """Rows less the centre that each has."""
-    which = tl.zeros_like(row)
-    if centres is not None:
-        which = tl.load(centres + row, mask=alive, other=0)
-    at = centre + which[:, None] * num_inner + column[None, :]
-    return values - tl.load(at, mask=(column < num_inner)[None, :], other=0.0).to(tl.float32)
+def _of_rows(table, which, row, alive, column, num_inner):
+    """The line of a table, a smoothing vector or a centre, that each row has, in float32."""
+    line = tl.zeros_like(row)
+    if which is not None:
+        line = tl.load(which + row, mask=alive, other=0)
+    at = table + line[:, None] * num_inner + column[None, :]
+    return tl.load(at, mask=(column < num_inner)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -139,9 +129,9 @@ def quantize_rows(  # noqa: PLR0913
             kept = inside & (tl.load(keep + row, mask=alive, other=0) != 0)[:, None]
             tl.store(normed + at, rounded(values, normed.dtype.element_ty, INTERPRETED), mask=kept)
     if centre is not None:
-        values = _centred(values, centre, centres, row, alive, column, num_inner)
+        values -= _of_rows(centre, centres, row, alive, column, num_inner)
     if inverse is not None:
-        values = _smoothed(values, inverse, vectors, row, alive, column, num_inner)
+        values *= _of_rows(inverse, vectors, row, alive, column, num_inner)
     scale = _scale(_highest(values), DIVISOR)
     padded = alive[:, None] & (column < num_padded)[None, :]
     nearest = _codes(values, scale[:, None], QMAX, DIVISOR)
