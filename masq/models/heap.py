@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+MAPPED_BYTES = 4 << 20
+"""Below it an allocation costs more pages of its own than it is worth."""
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def give_back() -> bool:
@@ -25,6 +30,28 @@ def give_back() -> bool:
         return False
     trim(0)
     return True
+
+
+@cache
+def map_large() -> bool:
+    """Have the C library map every allocation from ``MAPPED_BYTES`` on apart, from now on, in the whole process.
+
+    Memory of a tensor is then given back as soon as the tensor is gone. Otherwise what is free between others stays,
+    as in the heap that the weights of a tower leave behind, over which later tensors lie scattered.
+    A threshold that the user has set (MALLOC_MMAP_THRESHOLD_, GLIBC_TUNABLES) is left alone.
+
+    Returns:
+        Whether that was done.
+    """
+    own = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
+    if own or not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False
+    mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
+    return bool(mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES))
 
 
 @cache

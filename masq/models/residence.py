@@ -19,7 +19,7 @@ from torch import nn
 
 from masq.errors import ModelError
 from masq.files import SCRATCH
-from masq.models.heap import give_back
+from masq.models.heap import give_back, map_large
 from masq.models.tensor_files import Overflow, TensorFile, write_tensors
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ class StreamedResidence(Residence):
         self, model: Any, parts: Sequence[nn.Module], source: WeightSource, device: torch.device, scratch: Path
     ) -> None:
         self.device = device
+        map_large()
         scratch.mkdir(parents=True, exist_ok=True)
         self.folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=scratch))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)

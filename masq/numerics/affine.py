@@ -104,6 +104,35 @@ def encode(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None
     return _codes(x, scale, zero_point, fmt).clamp_(fmt.qmin, fmt.qmax)
 
 
+def nearest(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, fmt: TensorFormat) -> torch.Tensor:
+    """``fake_quantize(x, fmt)`` where its grid is known.
+
+    Args:
+        x: floating point [..., D].
+        scale: float32 [..., G], of ``fit_scale(x, fmt)``.
+        zero_point: likewise.
+        fmt: bits, symmetry, granularity.
+
+    Returns:
+        [..., D] in the dtype of ``x``, without a gradient.
+    """
+    grid = scale.unsqueeze(-1), None if zero_point is None else zero_point.unsqueeze(-1)
+    return _dequantize(_codes(_grouped(x, fmt), *grid, fmt), *grid).to(x.dtype)
+
+
+def nearest_backward(
+    x: torch.Tensor, grad: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, fmt: TensorFormat
+) -> torch.Tensor:
+    """What ``fake_quantize`` makes of a gradient; arguments are those of ``nearest``, and the gradient [..., D]."""
+    groups = _grouped(x, fmt)
+    grad = grad.to(groups.dtype).unflatten(-1, groups.shape[-2:])
+    if zero_point is None:
+        found = _symmetric_backward(groups, grad, scale.unsqueeze(-1), fmt)
+    else:
+        found = _asymmetric_backward(groups, grad, scale.unsqueeze(-1), zero_point.unsqueeze(-1), fmt)
+    return found.flatten(-2).to(x.dtype)
+
+
 def fake_quantize(x: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
     """``quantize(x, fmt).dequantize(x.dtype)`` with a gradient.
 
@@ -130,38 +159,35 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, fmt: TensorFormat) -> torch.Tensor:
-        groups = _grouped(x, fmt)
-        scale, zero_point = _scale_and_zero_point(groups, fmt)
-        ctx.save_for_backward(x, scale, zero_point)
+        grid = fit_scale(x, fmt)
+        ctx.save_for_backward(x, *grid)
         ctx.format = fmt
-        return _dequantize(_codes(groups, scale, zero_point, fmt), scale, zero_point).to(x.dtype)
+        return nearest(x, *grid, fmt)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
-        x, scale, zero_point = ctx.saved_tensors
-        fmt: TensorFormat = ctx.format
-        groups = _grouped(x, fmt)
-        grad = grad_outputs[0].to(groups.dtype).unflatten(-1, groups.shape[-2:])
-        if zero_point is None:
-            grad_groups = _symmetric_backward(groups, grad, scale, fmt)
-        else:
-            grad_groups = _asymmetric_backward(groups, grad, scale, zero_point, fmt)
-        return grad_groups.flatten(-2).to(x.dtype), None
+        x, *grid = ctx.saved_tensors
+        return nearest_backward(x, grad_outputs[0], *grid, ctx.format), None
 
 
 def _symmetric_backward(
     groups: torch.Tensor, grad: torch.Tensor, scale: torch.Tensor, fmt: TensorFormat
 ) -> torch.Tensor:  # [..., G, E]
-    z = groups / scale
-    codes = torch.round(z)
-    if fmt.clip == 1:
-        grad_scale, passed = codes.sub_(z).mul_(grad).sum(-1, keepdim=True), grad
-    else:
-        inside = codes.abs() <= fmt.qmax
-        grad_scale = ((codes.clamp_(fmt.qmin, fmt.qmax) - z * inside) * grad).sum(-1, keepdim=True)
-        passed = grad * inside
+    grad_scale, passed = _symmetric_parts(groups / scale, grad, fmt)
     largest = groups.abs().argmax(-1, keepdim=True)
     return _add_at_extreme(passed, groups, largest, grad_scale / fmt.divisor, signed=True)
+
+
+def _symmetric_parts(
+    z: torch.Tensor, grad: torch.Tensor, fmt: TensorFormat
+) -> tuple[torch.Tensor, torch.Tensor]:  # [..., G, 1] and [..., G, E]
+    """Gradient of the scale, and what passes straight through; its large temporaries end with it."""
+    codes = torch.round(z)
+    if fmt.clip == 1:
+        return codes.sub_(z).mul_(grad).sum(-1, keepdim=True), grad
+    inside = codes.abs() <= fmt.qmax
+    grad_scale = ((codes.clamp_(fmt.qmin, fmt.qmax) - z * inside) * grad).sum(-1, keepdim=True)
+    return grad_scale, grad * inside
 
 
 def _asymmetric_backward(

@@ -12,7 +12,7 @@ def is_finite(x: torch.Tensor, rows: torch.Tensor | None = None) -> bool:
     NaN), and it is several times faster than a mask of the same size.
 
     Args:
-        x: [..., d] in 16 or 32 bits; float64 within float32's range.
+        x: [..., d] in 16 or 32 bits; float64 below 1e300.
         rows: bool [...], the rows that count, on any device; None for all.
     """
     sums = x.sum(-1, dtype=torch.float64)

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 
 from masq.errors import NumericalError
+from masq.numerics.finite import is_finite
 
 # Up to this smaller side a direct SVD costs no more than the route through the Gram matrix.
 _DIRECT_SVD_SIDE = 64
@@ -183,5 +184,5 @@ def _singular(value: str) -> NumericalError:
 
 
 def _check_finite(matrix: torch.Tensor, what: str) -> None:
-    if not bool(torch.isfinite(matrix).all()):
+    if not is_finite(matrix):
         raise NumericalError(f"{what} must be finite", value="NaN or infinity", remedy="check the layer that feeds it")

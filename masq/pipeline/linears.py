@@ -16,6 +16,7 @@ from masq.compensation.ranks import Candidate, fill
 from masq.errors import NumericalError
 from masq.models.base import GROUPS, Modality, Role
 from masq.modules.quant_linear import QuantLinear
+from masq.numerics.finite import is_finite
 from masq.numerics.low_rank import Factors, store
 from masq.pipeline.group_input import GroupInput, SecondMoments, gauged, second_moments
 from masq.rounding.remainder import remainder
@@ -69,7 +70,7 @@ class Draft:
         base = self.rounded[Modality.TEXT].weight.dequantize(torch.float64)
         if modality in self.inputs:
             base = base * self.inputs[modality].gain
-        return self.reads.smoothed(self.linear.weight.detach().double(), modality) - base
+        return self.reads.smoothed(self.linear.weight.detach(), modality).sub_(base)
 
     def layer(self, corrections: Corrections, context: ModalityContext) -> QuantLinear:
         """The quantized linear."""
@@ -181,7 +182,7 @@ def _gains(draft: Draft, modality: Modality, root: Whitener) -> list[float]:
     """Squared whitened singular values of the weight error relative to the energy of the outputs, descending."""
     whitened = root.sqrt @ draft.residual(modality).t()
     gram = whitened.t() @ whitened if whitened.shape[0] > whitened.shape[1] else whitened @ whitened.t()
-    smoothed = draft.reads.smoothed(draft.linear.weight.detach().double(), modality)
+    smoothed = draft.reads.smoothed(draft.linear.weight.detach(), modality)
     energy = float((root.sqrt @ smoothed.t()).square().sum())
     values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
     return (values / energy).tolist() if energy > 0 else [0.0] * len(values)
@@ -196,7 +197,7 @@ def _draft(
     stages: Stages,
 ) -> Draft:
     """Round one linear: for text alone, or once per modality."""
-    weight, fmt = linear.weight.detach().double(), stages.scheme.formats[role]
+    weight, fmt = linear.weight.detach(), stages.scheme.formats[role]
     present = tuple(reads.factors) or (Modality.TEXT,)
     stage, config = ROUNDING.get(stages.rounding.kind), stages.rounding_of(role)
     inputs: Mapping[Modality, InputRounding] = {}
@@ -236,7 +237,7 @@ def _round_to_remainder(
 
 
 def _require_finite(tensor: torch.Tensor, name: str, what: str) -> None:
-    if not torch.isfinite(tensor).all():
+    if not is_finite(tensor):
         raise NumericalError(
             f"the {what} of {name} must be finite",
             value="NaN or infinity",

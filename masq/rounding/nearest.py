@@ -8,6 +8,7 @@ import torch
 
 from masq.errors import NumericalError
 from masq.numerics.affine import QuantizedTensor, quantize
+from masq.numerics.finite import is_finite
 
 if TYPE_CHECKING:
     from masq.numerics.scheme import TensorFormat
@@ -27,7 +28,7 @@ def round_nearest(weight: torch.Tensor, fmt: TensorFormat) -> QuantizedTensor:
         NumericalError: the weight is not a finite matrix.
         ConfigError: the format does not fit (see ``quantize``).
     """
-    if weight.dim() != 2 or not bool(torch.isfinite(weight).all()):
+    if weight.dim() != 2 or not is_finite(weight):
         raise NumericalError(
             "a weight to round must be a finite matrix [out, in]",
             value=f"shape {tuple(weight.shape)}, smallest {weight.min().item()}, largest {weight.max().item()}",

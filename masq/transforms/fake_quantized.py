@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from masq.calibration.replay import advance
 from masq.models.base import GROUPS, Modality, Role
-from masq.numerics.affine import fake_quantize
+from masq.numerics.affine import QuantizedTensor, fake_quantize, fit_scale, nearest, nearest_backward, quantize
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -39,6 +39,32 @@ class _Permute(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad_outputs[0].index_select(0, inverse), None, None
+
+
+class _SmoothedLinear(torch.autograd.Function):
+    """``rows fq(W s)^T``, of which only the grid is kept: rounded again, a weight takes no memory between the passes.
+
+    Autograd would keep W s and fq(W s) of every linear and modality of a block, which is most of the memory that
+    learning takes. Values and gradients are those of the composition, bit by bit.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, factor: torch.Tensor, fmt: TensorFormat
+    ) -> torch.Tensor:
+        smoothed = weight * factor
+        grid = fit_scale(smoothed, fmt)
+        ctx.save_for_backward(rows, weight, factor, *grid)
+        ctx.format = fmt
+        return functional.linear(rows, nearest(smoothed, *grid, fmt))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor, None]:
+        rows, weight, factor, *grid = ctx.saved_tensors
+        grad, smoothed = grad_outputs[0], weight * factor
+        grad_rows = grad @ nearest(smoothed, *grid, ctx.format)
+        grad_smoothed = nearest_backward(smoothed, grad.t() @ rows, *grid, ctx.format)
+        return grad_rows, None, grad_smoothed.mul_(weight).sum(0), None
 
 
 class Rows:
@@ -120,8 +146,8 @@ class _FakeQuantLinear(nn.Module):
         self.weight_format = fmt.weight
         self.activation = fmt.activation
         # Without smoothing the rounded weight never changes.
-        self.static = _fake(self.weight, fmt.weight) if source is None else None
-        self._rounded: dict[Modality, tuple[int, torch.Tensor]] = {}
+        self.static = fake_quantize(self.weight, fmt.weight) if source is None else None
+        self._rounded: dict[Modality, tuple[int, QuantizedTensor]] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, d_in] -> [B, T, d_out] in the dtype of ``x``."""
@@ -131,7 +157,7 @@ class _FakeQuantLinear(nn.Module):
             y = functional.linear(_fake(flat, self.activation), self.static)
         else:
             parts = self.source.parts(x)
-            y = self.source.rows.join([functional.linear(rows, self._smoothed(m)) for m, rows in parts.items()])
+            y = self.source.rows.join([self._smoothed(rows, m) for m, rows in parts.items()])
         if self.rows.alone:
             exact = functional.linear(x.detach().reshape(-1, x.shape[-1]).float(), self.weight)
             self.rows.errors.append((y - exact).abs().mean(-1).view(x.shape[:-1]))
@@ -139,17 +165,18 @@ class _FakeQuantLinear(nn.Module):
             y = y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
-    def _smoothed(self, modality: Modality) -> torch.Tensor:
-        """fq(W s_m); without gradients it is kept until log s_m changes."""
+    def _smoothed(self, rows: torch.Tensor, modality: Modality) -> torch.Tensor:
+        """Rows times fq(W s_m)^T; without gradients its codes are kept until log s_m changes."""
         assert self.source is not None
         log_factor = self.source.log_factors[modality]
-        version, kept = self._rounded.get(modality, (-1, self.weight))
-        if version == log_factor._version and not torch.is_grad_enabled():
-            return kept
-        rounded = _fake(self.weight * torch.exp(log_factor), self.weight_format)
-        if not torch.is_grad_enabled():
-            self._rounded[modality] = (log_factor._version, rounded)
-        return rounded
+        if torch.is_grad_enabled():
+            self._rounded.clear()
+            return _SmoothedLinear.apply(rows, self.weight, torch.exp(log_factor), self.weight_format)  # type: ignore[no-any-return]
+        version, kept = self._rounded.get(modality, (-1, None))
+        if kept is None or version != log_factor._version:
+            kept = quantize(self.weight * torch.exp(log_factor), self.weight_format)
+            self._rounded[modality] = log_factor._version, kept
+        return functional.linear(rows, kept.dequantize())
 
 
 def _fake(x: torch.Tensor, fmt: TensorFormat | None) -> torch.Tensor:

@@ -10,9 +10,10 @@ import torch
 from masq.calibration.replay import BlockData, ReplayBatch, collect
 from masq.errors import NumericalError
 from masq.models.base import GROUPS, Modality, Role
-from masq.numerics.scheme import Scheme
+from masq.numerics.affine import fake_quantize
+from masq.numerics.scheme import Scheme, TensorFormat
 from masq.transforms.config import LearnedModalitySmoothing
-from masq.transforms.fake_quantized import fake_quantized, run_fake_quantized
+from masq.transforms.fake_quantized import _SmoothedLinear, fake_quantized, run_fake_quantized
 from masq.transforms.learned import learn_factors, weighted_error
 from masq.transforms.stages import fit_modality
 from tests.nano_fixtures import Nano, make_nano, nano_model  # noqa: F401
@@ -245,3 +246,57 @@ def test_no_gradient_passes_from_one_linear_to_another(nano_model: Nano) -> None
         assert not rows.errors[-1].requires_grad
         rows.errors[0].sum().backward()
     assert {g for g, by in logs.items() for log in by.values() if log.grad is not None} == {"qkv"}
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        TensorFormat(4),
+        TensorFormat(4, symmetric=False),
+        TensorFormat(3, granularity="per_group", group_size=5),
+        TensorFormat(4, granularity="per_token", clip=0.8),
+    ],
+    ids=["symmetric", "asymmetric", "group", "clip"],
+)
+def test_rounding_again_changes_no_bit(fmt: TensorFormat) -> None:
+    """Values and gradients are those that autograd finds when it keeps W s and fq(W s)."""
+    torch.manual_seed(0)
+    weight, upstream = torch.randn(7, 15), torch.randn(11, 7)
+
+    def results(linear):
+        leaves = torch.randn(11, 15, generator=torch.Generator().manual_seed(1)), torch.linspace(-1, 1, 15)
+        rows, log_factor = (one.clone().requires_grad_() for one in leaves)
+        y = linear(rows, torch.exp(log_factor))
+        y.backward(upstream)
+        return y.detach(), rows.grad, log_factor.grad
+
+    def kept(rows, factor):
+        return torch.nn.functional.linear(rows, fake_quantize(weight * factor, fmt))
+
+    found = results(lambda rows, factor: _SmoothedLinear.apply(rows, weight, factor, fmt))
+    for one, wanted in zip(found, results(kept), strict=True):
+        assert torch.equal(one, wanted)
+
+
+def test_the_graph_keeps_no_rounded_weight(nano_model: Nano) -> None:  # noqa: F811
+    """Between the passes of a block only its weights, as they are, lie in memory beside its activations."""
+    block = nano_model.adapter.blocks()[0]
+    logs = {
+        group: {m: torch.zeros(block.linear(GROUPS[group][0]).in_features).requires_grad_() for m in Modality}
+        for group in GROUPS
+    }
+    matrices = set()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() == 2 and tuple(tensor.shape) in shapes:
+            matrices.add(tensor.data_ptr())
+        return tensor
+
+    with fake_quantized(block, logs, SCHEME) as rows, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        linears = [block.linear(Role(role)) for role in SCHEME.formats]
+        shapes = {tuple(linear.weight.shape) for linear in linears}
+        rows.set(nano_model.replay[0].modality)
+        output = block.forward(nano_model.hidden[0], nano_model.replay[0].kwargs)
+        assert output.requires_grad
+        assert matrices <= {linear.weight.data_ptr() for linear in linears}
+        assert len(matrices) == len(linears)
