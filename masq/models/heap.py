@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MAPPED_BYTES = 4 << 20
+MAPPED_BYTES = 1 << 20
 """Below it an allocation costs more pages of its own than it is worth."""
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 
