@@ -19,15 +19,16 @@ _TOKENS = {"zoo": 96, "real": 512}
 _SPLIT_SAMPLES = 400
 _PROCESS_BYTES = 700e6
 # Streamed: the process with transformers and both harnesses, and activations in memory at most (``tensor_files``).
-_STREAMING_PROCESS_BYTES = 1.05e9
+_STREAMING_PROCESS_BYTES = 1.1e9
 _ACTIVATION_BYTES = 512 << 20
 # Of the two towers of an Omni model the one for pictures is the larger, with this share.
 _LARGER_TOWER = 0.512
-# Float64 copies of a weight that rounding works on; a correction adds residual, whitened residual and products.
-_ROUNDING_COPIES = 2.6
-_CORRECTION_COPIES = 4.0
-# Float32 copies of a block while factors are learned: the weight, and by modality what autograd keeps of a rounded one.
-_LEARNING_COPIES = (2.0, 3.0)
+# Float64 copies of a weight: smoothed and on its grid; for a correction residual, whitened residual and a product.
+_ROUNDING_COPIES, _CORRECTION_COPIES = 2, 3
+# Square matrices by modality: second moment, eigenvectors, root, inverse root, and what the decomposition works on.
+_MOMENT_COPIES = 5
+# Float32 copies of a weight in the backward pass: smoothed, on its grid, its gradient, and three temporaries.
+_LEARNING_COPIES = 6
 
 
 @dataclass(frozen=True)
@@ -131,15 +132,17 @@ def _streamed(
     largest = max(a * b for role, (a, b) in shapes.items() if role in config.scheme.quantized_roles)
     chains = min(_ACTIVATION_BYTES, 4 * workload.calibration_tokens * sizes.hidden_size * width)
     base = _STREAMING_PROCESS_BYTES + block + chains
-    copies, moments = _ROUNDING_COPIES, 0.0
+    copies, side = _ROUNDING_COPIES, 0
     if config.method.compensation.kind != "none":
         groups = [role for group in config.method.compensation.groups for role in GROUP_ROLES[group]]
-        copies += modalities + _CORRECTION_COPIES
-        moments = 4 * max(shapes[role][1] for role in groups) ** 2 * 8 * modalities
+        copies, side = _CORRECTION_COPIES, max(shapes[role][1] for role in groups)
     if config.method.rounding.kind == "gptq" or (config.method.rounding.kind != "none" and config.method.rounding.clip):
-        moments = 4 * max(input_sizes(sizes, config.scheme.quantized_roles)) ** 2 * 8 * modalities
-    found["rounding"] = base + copies * largest * 8 + moments
+        side = max(input_sizes(sizes, config.scheme.quantized_roles))
+    codes = block / width
+    found["rounding"] = base + codes + copies * largest * 8 + _MOMENT_COPIES * side**2 * 8 * modalities
     if isinstance(config.method.smoothing, LearnedSmoothing):
-        fixed, by_modality = _LEARNING_COPIES
-        found["learning"] = base + 2 * block / width * (fixed + by_modality * modalities)
+        tokens = config.calibration.batch_size * workload.sample_tokens
+        rows = tokens * 4 * (4 * sizes.intermediate_size + 8 * sizes.hidden_size)
+        kept = max(modalities * codes, _LEARNING_COPIES * largest * 4)
+        found["learning"] = base + 4 * block / width + kept + rows
     return found
