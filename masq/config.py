@@ -17,7 +17,7 @@ from masq.compensation.config import Compensation, NoCompensation
 from masq.decoding import decode_dataclass, to_plain
 from masq.errors import ConfigError, unknown_name
 from masq.evaluation.config import EvaluationConfig
-from masq.kernels import AUTO, KERNELS
+from masq.kernels import AUTO, FUSING, KERNELS
 from masq.models.config import Architecture, ModelConfig
 from masq.numerics.scheme import NoTowers, Scheme, Towers
 from masq.rounding.config import NearestRounding, NoRounding, Rounding
@@ -114,8 +114,10 @@ class RunConfig:
         seed: of every random stream, keyed further by stage and block.
         threads: CPU threads, None for torch's choice. Recorded; does not change the identity.
         execution: ``simulated`` keeps integer codes in bytes and multiplies them in torch; ``packed`` keeps the stored
-            bits and multiplies by a kernel, so that scores and fidelity come from what would be deployed.
-        kernel: of packed execution, ``auto`` for the fastest that can run each linear.
+            bits and multiplies by a kernel, so that scores and fidelity come from what would be deployed; ``fused`` is
+            ``packed`` with norms and gates computed in the pass that quantizes what they feed: faster, and what is
+            quantized was not rounded to the model's dtype before.
+        kernel: of packed and fused execution, ``auto`` for the fastest that can run each linear.
         towers: what becomes of the vision and audio towers.
         preset: name of a set of overrides that was used, shown under tables.
     """
@@ -130,7 +132,7 @@ class RunConfig:
     seed: int = 0
     threads: int | None = None
     preset: str | None = None
-    execution: Literal["simulated", "packed"] = "simulated"
+    execution: Literal["simulated", "packed", "fused"] = "simulated"
     kernel: str = AUTO
     towers: Towers = field(default_factory=NoTowers)
 
@@ -290,13 +292,19 @@ def _check_execution(config: RunConfig) -> None:
             value=f"kernel={config.kernel}, execution=simulated",
             remedy=f"set execution=packed, or kernel={AUTO}",
         )
+    if config.execution == "fused" and config.kernel not in (AUTO, *FUSING):
+        raise ConfigError(
+            "fused execution needs a kernel that quantizes what a norm gives",
+            value=f"kernel={config.kernel}",
+            remedy=f"set execution=packed, or kernel to one of {', '.join((AUTO, *FUSING))}",
+        )
     base, active = config.method.compensation.base, active_modalities(config)
     if base not in active:
         remedy = f"use one of {', '.join(active)}"
         raise ConfigError("the base of corrections must be a modality of the run", value=base, remedy=remedy)
-    if config.execution == "packed" and (config.method.stores_weight_per_modality or base != "text"):
+    if config.execution != "simulated" and (config.method.stores_weight_per_modality or base != "text"):
         raise ConfigError(
-            "packed execution has one weight for all modalities, and corrects no text",
+            f"{config.execution} execution has one weight for all modalities, and corrects no text",
             value=f"method {config.method.name}, method.compensation.base={base}",
             remedy="use execution=simulated, or a method with rounding.per_modality=false and compensation.base=text",
         )

@@ -60,8 +60,8 @@ def load_finished(folder: Path, device: str | None = None, *, pack: bool = True)
     import yaml
 
     from masq.models.loading import load
+    from masq.modules.fused import deploy
     from masq.modules.modality import install
-    from masq.modules.packed_linear import pack_model
     from masq.pipeline.loop import restore
     from masq.pipeline.store import BlockStore
 
@@ -77,6 +77,6 @@ def load_finished(folder: Path, device: str | None = None, *, pack: bool = True)
     context, _ = install(adapter)
     if not config.method.is_float:
         restore(adapter, stages_of(config), context, BlockStore(folder / "blocks"))
-        if pack and config.execution == "packed":
-            pack_model(adapter, config.kernel)
+        if pack and config.execution != "simulated":
+            deploy(adapter, config.kernel, fused=config.execution == "fused")
     return adapter

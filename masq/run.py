@@ -141,8 +141,8 @@ def _fill(
 ) -> None:
     """The stages of a run, each timed; what is finished is in the record even if a later stage fails."""
     from masq.models.loading import load
+    from masq.modules.fused import deploy
     from masq.modules.modality import install
-    from masq.modules.packed_linear import pack_model
 
     # Only the active modalities exist for this run: a dual run of a tri-modal model never looks at audio.
     model = replace(config.model, modalities=active_modalities(config))
@@ -151,9 +151,9 @@ def _fill(
         context, handle = install(adapter)
     if not config.method.is_float:
         _quantize(record, config, adapter, context, data["calibration"], hashes, folder)
-        if config.execution == "packed":
+        if config.execution != "simulated":
             with _timed(record, "pack"):
-                record.provenance["kernels"] = pack_model(adapter, config.kernel)
+                record.provenance |= deploy(adapter, config.kernel, fused=config.execution == "fused")
     record.effective_bits = _stored_bits(adapter)
     if config.evaluation.score or config.evaluation.benchmarks:
         with _timed(record, "evaluate"):

@@ -77,6 +77,10 @@ def test_the_committed_sizes_are_those_of_the_record() -> None:
         assert all(not step["provenance"]["dirty"] for step in steps)
         made = [step for step in steps if not step["step"].startswith("load and generate")]
         assert max(step["peak_memory_bytes"] for step in made) < limits[name]
+        planned = [step for step in steps if "planned_bytes" in step]
+        assert planned
+        for step in planned:
+            assert 0.9 < step["peak_memory_bytes"] / step["planned_bytes"] < 1.1, step["step"]
     [killed] = [step for step in found["models"]["qwen2_5_vl_3b"] if "same_blocks" in step]
     assert killed["same_blocks"]
     assert killed["same_record"]

@@ -25,7 +25,8 @@ def test_every_row_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(packed_model.SHAPES, table7.SHAPE, TINY)
     monkeypatch.setattr(table7, "PREFILL", 24)
     cells = table7.measure(["w4a8"], "cpu", num_blocks=2, batch=2, budget=0.05)
-    assert [cell["name"] for cell in cells] == [table7.BASE, *table7.names("w4a8")]
+    fused = [f"w4a8, {row}{table7.FUSED}" for row in table7.FUSED_ROWS]
+    assert [cell["name"] for cell in cells] == [table7.BASE, *table7.names("w4a8"), *fused]
     base, shared, *ranks = (cell["bytes"] for cell in cells)
     assert base == 2 * 2 * (3 * 128 * 256 + 128 * 128 * 2 + 128 * 64 * 2 + 128 + 64 * 2)
     assert shared < base / 3
@@ -37,6 +38,7 @@ def test_every_row_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_paper_stands_beside() -> None:
     assert table7._paper(1, table7.BASE) == ["1", "1"]
     assert table7._paper(8, "w4a4, rank ratio 0.05") == table7._paper(8, "w4a8, rank ratio 0.05")
+    assert table7._paper(1, "w4a8, rank ratio 0.02" + table7.FUSED) == table7._paper(1, "w4a8, rank ratio 0.02")
     faster, smaller = (float(number) for number in table7._paper(1, f"w4a4, {table7.SHARED}"))
     assert faster > float(table7._paper(1, "w4a4, rank ratio 0.05")[0]) > 1
     assert smaller > 1

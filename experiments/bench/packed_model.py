@@ -29,6 +29,7 @@ from masq.models.base import GROUPS, BlockAdapter, EncodedBatch, Modality, Model
 from masq.models.decoder import LlamaBlock
 from masq.models.zoo.smol_omni import data_path
 from masq.modules.centres import STORED, Centres
+from masq.modules.fused import fuse_blocks
 from masq.modules.modality import ModalityContext
 from masq.modules.packed_linear import PackedLinear, pack_blocks
 from masq.modules.quant_linear import QuantLinear
@@ -46,6 +47,7 @@ CODED_RATIO = 0.085
 """Of corrections in int8 with the bytes of a ratio of 0.05 in 16 bits, centres and scales included (``masq``)."""
 PREFILL = 256
 NEW_TOKENS = 32
+FUSED_BLOCKS = ("w8a8", "w4a8", "w4a8, rank ratio 0.05")
 TEXT_SHARE = 1 / 3
 # Decoders of Qwen2.5-VL; vocabulary and vision tower play no part in a block.
 ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
@@ -123,6 +125,13 @@ def packed_decoder(
     return model
 
 
+def fused_decoder(decoder: Any) -> Any:
+    """A packed decoder with norms and gates computed in the pass that quantizes what they feed."""
+    model = copy.deepcopy(decoder)
+    model.fused = fuse_blocks([LlamaBlock(layer, model.config) for layer in model.layers])
+    return model
+
+
 def _factors(linear: Any, rank: int, coded: bool) -> Factors:
     left, right = torch.randn(linear.in_features, rank) / 99, torch.randn(rank, linear.out_features) / 99
     return encode(left, right) if coded else Factors(left.bfloat16(), right.bfloat16())
@@ -151,6 +160,8 @@ def measure_block(budget: float) -> list[dict[str, Any]]:
         models[f"w4a8, {name}, rank ratio {CODED_RATIO}"] = packed_decoder(
             decoder, "w4a8", CODED_RATIO, context, coded=True, centred=centred
         )
+    for name in FUSED_BLOCKS:
+        models[f"{name}, fused"] = fused_decoder(models[name])
     calls = {name: _forward(model, hidden) for name, model in models.items()}
     return [
         {"part": f"3B block, prefill {PREFILL}", "name": n, **asdict(t)}
@@ -165,7 +176,7 @@ def _forward(model: Any, hidden: torch.Tensor) -> Callable[[], Any]:
 def quantized(folder: Path, scheme: str, method: list[str]) -> ModelAdapter:
     """The embedded model in bf16 with packed linears."""
     cell = [
-        *("model=smol_omni", "model.dtype=bfloat16", "modality=tri", f"scheme={scheme}", "execution=packed"),
+        *("model=smol_omni", "model.dtype=bfloat16", "modality=tri", f"scheme={scheme}"),
         *("evaluation=fidelity", "evaluation.samples_per_task=1", "calibration.samples_per_task=4"),
         *(*method, f"output.root={folder}"),
     ]
@@ -188,16 +199,19 @@ def linear_bytes(blocks: Sequence[BlockAdapter]) -> int:
     return total
 
 
+PACKED, FUSED = "execution=packed", "execution=fused"
+_MASQUANT = ["method=masquant", "method.smoothing=modality"]
+_MASQ = ["method=masq", "method.rounding=nearest", "method.compensation=whitened_low_rank_int8"]
 CELLS = {
     BASE: ("w16a16", ["method=none"]),
-    "w8a8 smoothquant": ("w8a8", ["method=smoothquant"]),
-    "w4a8 smoothquant": ("w4a8", ["method=smoothquant"]),
-    "w4a8 masquant, rank ratio 0.05": ("w4a8", ["method=masquant", "method.smoothing=modality"]),
-    "w4a8 masq, rank ratio 0.085 in int8": (
-        "w4a8",
-        ["method=masq", "method.rounding=nearest", "method.compensation=whitened_low_rank_int8"],
-    ),
-    "w4a16 rtn (g64)": ("w4a16_g64", ["method=rtn"]),
+    "w8a8 smoothquant": ("w8a8", ["method=smoothquant", PACKED]),
+    "w4a8 smoothquant": ("w4a8", ["method=smoothquant", PACKED]),
+    "w4a8 smoothquant, fused": ("w4a8", ["method=smoothquant", FUSED]),
+    "w4a8 masquant, rank ratio 0.05": ("w4a8", [*_MASQUANT, PACKED]),
+    "w4a8 masquant, rank ratio 0.05, fused": ("w4a8", [*_MASQUANT, FUSED]),
+    "w4a8 masq, rank ratio 0.085 in int8": ("w4a8", [*_MASQ, PACKED]),
+    "w4a8 masq, rank ratio 0.085 in int8, fused": ("w4a8", [*_MASQ, FUSED]),
+    "w4a16 rtn (g64)": ("w4a16_g64", ["method=rtn", PACKED]),
 }
 
 

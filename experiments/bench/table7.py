@@ -18,7 +18,15 @@ import torch
 from tabulate import tabulate
 
 from experiments.bench.interleaved import interleave
-from experiments.bench.packed_model import BASE, SHAPES, TEXT_SHARE, linear_bytes, packed_decoder, random_decoder
+from experiments.bench.packed_model import (
+    BASE,
+    SHAPES,
+    TEXT_SHARE,
+    fused_decoder,
+    linear_bytes,
+    packed_decoder,
+    random_decoder,
+)
 from masq.experiment.reported import reported
 from masq.files import atomic_write_bytes, atomic_write_json
 from masq.models.base import Modality
@@ -30,7 +38,9 @@ log = logging.getLogger(__name__)
 
 SHAPE, PREFILL, LAYERS = "7B", 2048, 28
 RANK_RATIOS = (0.01, 0.02, 0.05)
-SHARED = "shared factor"
+SHARED, FUSED = "shared factor", ", fused"
+FUSED_ROWS = (SHARED, "rank ratio 0.02")
+"""Rows that there are once more with norms and gates fused."""
 
 
 def names(scheme: str) -> dict[str, tuple[float, bool]]:
@@ -59,6 +69,8 @@ def measure(schemes: list[str], device: str, num_blocks: int, batch: int, budget
     for scheme in schemes:
         for name, (ratio, by_modality) in names(scheme).items():
             models[name] = packed_decoder(decoder, scheme, ratio, context, by_modality=by_modality)
+        for name in [f"{scheme}, {row}" for row in FUSED_ROWS]:
+            models[name + FUSED] = fused_decoder(models[name])
     found = interleave({name: _prefill(model, hidden) for name, model in models.items()}, BASE, budget)
     cells = []
     for name, timing in found.items():
@@ -119,6 +131,7 @@ def _paper(batch: int, name: str) -> list[str]:
     """What the paper reports for a row: speed-up over FP16 and memory saving."""
     if name == BASE:
         return ["1", "1"]
+    name = name.removesuffix(FUSED)
     method = "MBQ" if name.endswith(SHARED) else f"MASQuant rank_ratio={name.rsplit(' ', 1)[-1]}"
     benchmark = f"prefill seq{PREFILL} batch{batch} RTX4090"
     found = [c.value for c in reported("table7") if (c.method, c.benchmark) == (method, benchmark)]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from masq.export.description import Description, LinearEntry
+    from masq.models.base import BlockAdapter
 
 _ALIGNMENT = 64
 
@@ -111,6 +112,14 @@ def family_of(model_type: str) -> Any:
             remedy=f"one of {', '.join(FAMILIES.names())}",
         )
     return found
+
+
+def blocks_of(model: Any) -> list[BlockAdapter]:
+    """Decoder blocks of a model without its processor, which they do not look at."""
+    family = family_of(model.config.model_type)
+    adapter = object.__new__(family)
+    adapter.model = model
+    return adapter.blocks()
 
 
 def _linear(model: Any, name: str) -> nn.Linear:

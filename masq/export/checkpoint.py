@@ -73,12 +73,13 @@ from safetensors import safe_open
 from masq import __version__
 from masq.errors import ModelError, OutputError
 from masq.export import files
-from masq.export.assemble import family_of
+from masq.export.assemble import blocks_of, family_of
 from masq.export.describe import describe, portion_state, stored_names
 from masq.export.description import Description
 from masq.export.shards import write_portions
 from masq.kernels import AUTO
 from masq.models.base import GROUPS
+from masq.modules.fused import fuse_blocks
 from masq.modules.packed_linear import PackedLinear, tower_linears
 from masq.numerics.low_rank import QMAX
 
@@ -153,13 +154,14 @@ def check(folder: Path) -> Description:
     return description
 
 
-def load(folder: Path | str, *, device: str = "cpu", kernel: str = AUTO, **options: Any) -> Any:
+def load(folder: Path | str, *, device: str = "cpu", kernel: str = AUTO, fused: bool = False, **options: Any) -> Any:
     """The model of a packed checkpoint, ready to run: ``from_pretrained`` after a check of everything.
 
     Args:
         folder: that ``save`` or ``save_pretrained`` wrote.
         device: where to put it.
         kernel: name of the kernel, ``auto`` for the best that can run each linear.
+        fused: whether norms and gates are computed in the pass that quantizes what they feed (``masq.modules.fused``).
         options: passed on to ``from_pretrained``.
 
     Raises:
@@ -174,7 +176,10 @@ def load(folder: Path | str, *, device: str = "cpu", kernel: str = AUTO, **optio
     finally:
         _checked.reset(token)
     set_kernel(model, kernel)
-    return model.to(device)
+    model = model.to(device)
+    if fused:
+        fuse_blocks(blocks_of(model))
+    return model
 
 
 def check_once(folder: Path) -> Description:

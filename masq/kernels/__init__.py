@@ -22,6 +22,9 @@ KERNELS.register("reference", "masq.kernels.reference:ReferenceKernel")
 PREFERENCE = ("cpu", "triton", "cuda", "torch", "reference")
 """Fastest first as far as that is known (``cuda`` was never timed); the last runs everything everywhere."""
 
+FUSING = ("cpu", "triton", "reference")
+"""Those that quantize rows as they come out of a norm or a gate (``Kernel.fuses``)."""
+
 
 def select(name: str, spec: LinearSpec) -> Kernel:
     """The kernel called ``name`` for a linear, or with ``auto`` the first in ``PREFERENCE`` that can run it.

@@ -170,6 +170,19 @@ class QuantizedActivation:
     num_rows: int
 
 
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """RMSNorm (arXiv 1910.07467): ``x / sqrt(mean(x^2) + eps) * gamma``, in float32.
+
+    Attributes:
+        gamma: [I], float32 or bfloat16 or float16, contiguous.
+        eps: added to the mean of squares.
+    """
+
+    gamma: torch.Tensor
+    eps: float
+
+
 Bias: TypeAlias = "torch.Tensor | RowBias | None"
 
 
@@ -183,9 +196,11 @@ class Kernel(ABC):
 
     Attributes:
         name: by which configuration asks for it, and which records carry.
+        fuses: whether it quantizes rows as they come out of the layer before: ``quantize_norm``, ``quantize_gate``.
     """
 
     name: str
+    fuses = False
 
     @abstractmethod
     def not_supported_reasons(self, spec: LinearSpec) -> list[str]:
@@ -210,6 +225,43 @@ class Kernel(ABC):
             activation: per-token format, None leaves the rows unquantized.
             smoothing: None for no run-time smoothing.
         """
+
+    def quantize_norm(
+        self,
+        x: torch.Tensor,
+        norm: Norm,
+        activation: TensorFormat,
+        smoothing: RowSmoothing | None,
+        keep: torch.Tensor | None,
+    ) -> tuple[QuantizedActivation, torch.Tensor | None]:
+        """``quantize`` of rows under RMSNorm, which are not rounded to the dtype of ``x`` in between.
+
+        Values are float32, within ``(I + 32) 2^-24`` of exact ones.
+
+        Args:
+            x: as for ``quantize``.
+            norm: gamma [I] and epsilon.
+            activation: symmetric, per token.
+            smoothing: of the normalized rows.
+            keep: bool [N], the rows whose normalized values are wanted, None for none.
+
+        Returns:
+            The codes, and normalized rows [N, I] in the dtype of ``x``, undefined where not wanted; None for none.
+        """
+        raise NotImplementedError(f"kernel {self.name} has no norm")
+
+    def quantize_gate(
+        self, gate: torch.Tensor, up: torch.Tensor, activation: TensorFormat, smoothing: RowSmoothing | None
+    ) -> QuantizedActivation:
+        """``quantize`` of SiLU(gate) * up in float32, within ``32 * 2^-24`` of exact values; nothing is rounded before.
+
+        Args:
+            gate: [N, I], of one dtype with ``up``; rows in one piece, any distance apart.
+            up: likewise.
+            activation: symmetric, per token.
+            smoothing: of the products.
+        """
+        raise NotImplementedError(f"kernel {self.name} has no gate")
 
     def smooth(self, x: torch.Tensor, rows: torch.Tensor, smoothing: RowSmoothing | None) -> torch.Tensor:
         """Some rows, smoothed and not quantized: what a low-rank correction reads.

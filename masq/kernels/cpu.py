@@ -21,6 +21,7 @@ from masq.kernels.base import (
     Kernel,
     LinearSpec,
     LowRank,
+    Norm,
     PreparedFactors,
     PreparedWeight,
     QuantizedActivation,
@@ -59,6 +60,7 @@ class CpuKernel(Kernel):
     """
 
     name = "cpu"
+    fuses = True
 
     def __init__(self, isa: str | None = None) -> None:
         self._isa = None if isa is None else ISAS.index(isa)
@@ -131,15 +133,47 @@ class CpuKernel(Kernel):
         if activation is None:
             rows = x if smoothing is None else self._smooth(x, None, smoothing)
             return QuantizedActivation(rows, None, len(x))
-        num_rows, num_inner = x.shape
+        made, rest = self._codes(x, activation, smoothing)
+        _functions().masq_quantize(x.data_ptr(), _DTYPES[x.dtype], *rest)
+        return made
+
+    def quantize_norm(
+        self,
+        x: torch.Tensor,
+        norm: Norm,
+        activation: TensorFormat,
+        smoothing: RowSmoothing | None,
+        keep: torch.Tensor | None,
+    ) -> tuple[QuantizedActivation, torch.Tensor | None]:
+        """See ``Kernel.quantize_norm``."""
+        check_rows(x, smoothing)
+        kept = None if keep is None else torch.empty_like(x)
+        given = norm.gamma.data_ptr(), _DTYPES[norm.gamma.dtype], norm.eps, _pointer(keep), _pointer(kept)
+        made, rest = self._codes(x, activation, smoothing)
+        _functions().masq_quantize_norm(x.data_ptr(), _DTYPES[x.dtype], *given, *rest)
+        return made, kept
+
+    def quantize_gate(
+        self, gate: torch.Tensor, up: torch.Tensor, activation: TensorFormat, smoothing: RowSmoothing | None
+    ) -> QuantizedActivation:
+        """See ``Kernel.quantize_gate``."""
+        made, rest = self._codes(gate, activation, smoothing)
+        given = gate.data_ptr(), up.data_ptr(), _DTYPES[gate.dtype], gate.stride(0), up.stride(0)
+        _functions().masq_quantize_gate(*given, *rest)
+        return made
+
+    def _codes(
+        self, rows: torch.Tensor, activation: TensorFormat, smoothing: RowSmoothing | None
+    ) -> tuple[QuantizedActivation, tuple[Any, ...]]:
+        """Room for codes and scales of rows [N, I], and what every function that fills it is told."""
+        num_rows, num_inner = rows.shape
         codes = torch.empty(_code_bytes(num_rows, num_inner), dtype=torch.int8)
         scale = torch.empty(num_rows, 1)
-        _functions().masq_quantize(
-            *(x.data_ptr(), _DTYPES[x.dtype], *_smoothing_pointers(smoothing), num_rows, num_inner),
-            *(activation.qmax, activation.divisor, codes.data_ptr(), scale.data_ptr()),
-            *(self.isa, torch.get_num_threads()),
+        rest = (
+            *(*_smoothing_pointers(smoothing), num_rows, num_inner, activation.qmax, activation.divisor),
+            *(codes.data_ptr(), scale.data_ptr(), self.isa, torch.get_num_threads()),
         )
-        return QuantizedActivation(codes, scale, num_rows)
+        return QuantizedActivation(codes, scale, num_rows), rest
 
     def smooth(self, x: torch.Tensor, rows: torch.Tensor, smoothing: RowSmoothing | None) -> torch.Tensor:
         """See ``Kernel.smooth``."""
@@ -215,14 +249,16 @@ def best_isa() -> int:
 def _functions() -> Any:
     found = library()
     found.masq_best_isa.restype = _INT
-    found.masq_quantize.argtypes = [
-        *(_POINTER, _INT, *[_POINTER] * 4, _LONG, _LONG, _INT, _FLOAT, _POINTER, _POINTER, _INT, _INT)
-    ]
+    codes = (*[_POINTER] * 4, _LONG, _LONG, _INT, _FLOAT, _POINTER, _POINTER, _INT, _INT)
+    found.masq_quantize.argtypes = [_POINTER, _INT, *codes]
+    found.masq_quantize_norm.argtypes = [_POINTER, _INT, _POINTER, _INT, _FLOAT, _POINTER, _POINTER, *codes]
+    found.masq_quantize_gate.argtypes = [_POINTER, _POINTER, _INT, _LONG, _LONG, *codes]
     rest = [*[_POINTER] * 5, _INT, _INT, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT]
     found.masq_gemm.argtypes = [*[_POINTER] * 5, *rest, _POINTER, _INT]
     found.masq_gemm_w4a16.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG, *rest]
     found.masq_smooth.argtypes = [_POINTER, _INT, *[_POINTER] * 5, _LONG, _LONG, _POINTER, _INT]
-    for name in ("masq_quantize", "masq_smooth", "masq_gemm", "masq_gemm_w4a16"):
+    names = "masq_quantize", "masq_quantize_norm", "masq_quantize_gate"
+    for name in (*names, "masq_smooth", "masq_gemm", "masq_gemm_w4a16"):
         getattr(found, name).restype = None
     return found
 

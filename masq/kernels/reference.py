@@ -12,6 +12,7 @@ from masq.kernels.base import (
     Kernel,
     LinearSpec,
     LowRank,
+    Norm,
     PreparedWeight,
     QuantizedActivation,
     RowAddend,
@@ -51,6 +52,7 @@ class ReferenceKernel(Kernel):
     """
 
     name = "reference"
+    fuses = True
 
     def not_supported_reasons(self, spec: LinearSpec) -> list[str]:
         """Never any."""
@@ -79,6 +81,24 @@ class ReferenceKernel(Kernel):
             return QuantizedActivation(rows, None, len(rows))
         quantized = quantize(rows, activation)
         return QuantizedActivation(quantized.codes, quantized.scale, len(rows))
+
+    def quantize_norm(
+        self,
+        x: torch.Tensor,
+        norm: Norm,
+        activation: TensorFormat,
+        smoothing: RowSmoothing | None,
+        keep: torch.Tensor | None,
+    ) -> tuple[QuantizedActivation, torch.Tensor | None]:
+        """See ``Kernel.quantize_norm``; every row is kept where some are."""
+        rows = functional.rms_norm(x.float(), x.shape[1:], norm.gamma.float(), norm.eps)
+        return self.quantize(rows, activation, smoothing), None if keep is None else rows.to(x.dtype)
+
+    def quantize_gate(
+        self, gate: torch.Tensor, up: torch.Tensor, activation: TensorFormat, smoothing: RowSmoothing | None
+    ) -> QuantizedActivation:
+        """See ``Kernel.quantize_gate``."""
+        return self.quantize(functional.silu(gate.float()) * up.float(), activation, smoothing)
 
     def gemm(
         self,

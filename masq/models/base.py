@@ -109,6 +109,14 @@ class BlockAdapter(ABC):
             ModelError: ``group`` is not a key of ``GROUPS``.
         """
 
+    @abstractmethod
+    def is_direct(self, role: Role) -> bool:
+        """Whether the linear ``role`` reads what the block hands it: no rotation at run time stands before it."""
+
+    @abstractmethod
+    def gated(self) -> tuple[nn.Module, nn.Module] | None:
+        """The module that is ``down(act(gate(x)) * up(x))`` and its ``act``, None for a block without one."""
+
     def forward(self, hidden: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
         """Output [B, T, d] of the block for input ``hidden`` [B, T, d].
 

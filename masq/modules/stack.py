@@ -6,23 +6,22 @@ Shapes: B batch, T tokens, N = B*T rows, I input channels, O output channels of 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional
 
 from masq.kernels import select
 from masq.kernels.base import (
     Bias,
-    Kernel,
     LinearSpec,
     LowRank,
     PreparedFactors,
-    PreparedWeight,
     RowAddend,
     RowBias,
     RowSmoothing,
 )
+from masq.modules.prepared import Prepared
 from masq.modules.quant_linear import leading
 from masq.numerics.low_rank import Factors, project
 from masq.numerics.packing import PackedWeight, concatenate, split
@@ -31,48 +30,14 @@ from masq.numerics.scheme import LinearFormat
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from masq.kernels.base import Norm, QuantizedActivation
     from masq.models.base import Modality
     from masq.modules.modality import ModalityContext
     from masq.modules.packed_linear import PackedLinear
-    from masq.numerics.scheme import TensorFormat
 
 
 SHARED = ("inverse_smoothing", "smoothing_rows", "centre", "centre_rows")
 """Buffers that members of a stack have alike, and hold once."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Prepared:
-    """What a stack holds while a kernel has its weights.
-
-    Attributes:
-        kernel: that runs it.
-        weight: of all members, one below the other.
-        bias: float32 [sum of O], or [K, sum of O] where inputs are centred, or None.
-        left: L1 of all members side by side, [I, sum of R], by modality.
-        right: L2 of each member, None where it has none, by modality; or all of them in the layout of the kernel.
-        scale: of the components of all members, float32 [sum of R], by modality; none where factors are as they are.
-    """
-
-    kernel: Kernel
-    weight: PreparedWeight
-    bias: torch.Tensor | None
-    left: dict[Modality, torch.Tensor]
-    right: dict[Modality, list[torch.Tensor | None] | PreparedFactors]
-    scale: dict[Modality, torch.Tensor]
-
-    def plain_right(self, modality: Modality) -> list[torch.Tensor | None]:
-        """L2 of each member as it is stored."""
-        held = self.right[modality]
-        return self.kernel.restore_factors(held) if isinstance(held, PreparedFactors) else held
-
-    def fuse(self, sizes: Sequence[int], activation: TensorFormat | None, fused: bool) -> None:
-        """Hand L2 over to the kernel, as far as it multiplies it itself, or take it back."""
-        for modality, held in self.right.items():
-            if fused and not isinstance(held, PreparedFactors):
-                self.right[modality] = self.kernel.prepare_factors(held, sizes, activation) or held
-            elif not fused and isinstance(held, PreparedFactors):
-                self.right[modality] = self.kernel.restore_factors(held)
 
 
 class Stack:
@@ -85,10 +50,51 @@ class Stack:
     def __init__(self, members: Sequence[PackedLinear]) -> None:
         self.members = list(members)
         self.sizes = [member.out_features for member in members]
-        self._prepared: _Prepared | None = None
+        self._prepared: Prepared | None = None
         self._source: weakref.ref[torch.Tensor] | None = None
         self._version: int | None = None
         self._outputs: dict[PackedLinear, torch.Tensor] = {}
+        # Rows that a norm has quantized already, and the tensor that stands for them until they are asked for.
+        self._made: tuple[weakref.ref[torch.Tensor], QuantizedActivation] | None = None
+
+    @property
+    def fuses(self) -> bool:
+        """Whether rows can be quantized as they come out of the layer before."""
+        return self.members[0].activation is not None and (self._prepared or self.prepare()).kernel.fuses
+
+    def normalized(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """RMSNorm of ``x`` [B, T, I] in the pass that quantizes it, where ``fuses``.
+
+        Returns:
+            What the members are to be called with in place of the normalized rows: it holds those that corrections
+            read, and nothing defined elsewhere.
+        """
+        held, first = self._prepared or self.prepare(), self.members[0]
+        assert first.activation is not None
+        first.context.current(*leading(x))
+        rows_ni = x.reshape(-1, first.in_features).contiguous()
+        keep = None if not held.left or first.context.text_only else first.context.indices > 0
+        smoothing = self._smoothing(first.context)
+        activation, kept = held.kernel.quantize_norm(rows_ni, norm, first.activation, smoothing, keep)
+        stand_in = (rows_ni.new_empty(rows_ni.shape) if kept is None else kept).view(x.shape)
+        self._made = weakref.ref(stand_in), activation
+        return stand_in
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Output [B, T, O] of the one member for SiLU(gate) * up, both [B, T, I], in the pass that quantizes them."""
+        held, [member] = self._prepared or self.prepare(), self.members
+        context = member.context
+        context.current(*leading(gate))
+        if member.activation is None or not held.kernel.fuses or (held.left and not context.text_only):
+            return self._run(functional.silu(gate) * up)
+        smoothing = self._smoothing(context)
+        rows, other = gate.flatten(0, -2), up.flatten(0, -2)
+        activation = held.kernel.quantize_gate(rows, other, member.activation, smoothing)
+        return self._multiply(activation, None, smoothing, gate.dtype).view(*gate.shape[:-1], -1)
+
+    def together(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Outputs of all members for ``x`` [B, T, I]: views of one matrix [B * T, sum of O]."""
+        return self._run(x).split(self.sizes, dim=-1)
 
     def output(self, member: PackedLinear, x: torch.Tensor) -> torch.Tensor:
         """Output [B, T, O] of ``member`` for ``x`` [B, T, I]; that of the others is kept until they ask for it."""
@@ -105,15 +111,27 @@ class Stack:
     def _run(self, x: torch.Tensor) -> torch.Tensor:
         held = self._prepared or self.prepare()
         first = self.members[0]
-        context = first.context
-        context.current(*leading(x))
+        first.context.current(*leading(x))
         rows_ni = x.reshape(-1, first.in_features).contiguous()
-        smoothing = self._smoothing(context)
-        activation = held.kernel.quantize(rows_ni, first.activation, smoothing)
-        low_rank, addend = self._corrections(held, rows_ni, smoothing, context)
+        smoothing, made = self._smoothing(first.context), self._made
+        if made is not None and made[0]() is x:
+            activation, self._made = made[1], None
+        else:
+            activation = held.kernel.quantize(rows_ni, first.activation, smoothing)
+        return self._multiply(activation, rows_ni, smoothing, x.dtype).view(*x.shape[:-1], -1)
+
+    def _multiply(
+        self,
+        activation: QuantizedActivation,
+        rows_ni: torch.Tensor | None,
+        smoothing: RowSmoothing | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Quantized rows times the weights, [N, sum of O]; ``rows_ni`` are what corrections read, None for none."""
+        held, context = self._prepared or self.prepare(), self.members[0].context
+        low_rank, addend = ([], None) if rows_ni is None else self._corrections(held, rows_ni, smoothing, context)
         bias = self._bias_of(held, context)
-        y_no = held.kernel.gemm(activation, held.weight, bias=bias, addend=addend, dtype=x.dtype, low_rank=low_rank)
-        return y_no.view(*x.shape[:-1], -1)
+        return held.kernel.gemm(activation, held.weight, bias=bias, addend=addend, dtype=dtype, low_rank=low_rank)
 
     def _smoothing(self, context: ModalityContext) -> RowSmoothing | None:
         """Centres and factors of every row; one for all where there is but one or every token is text."""
@@ -123,7 +141,7 @@ class Stack:
         inverse, rows = _by_row(first.inverse_smoothing, first.smoothing_rows, context)
         return RowSmoothing(inverse, rows, *_by_row(first.centre, first.centre_rows, context))
 
-    def _bias_of(self, held: _Prepared, context: ModalityContext) -> Bias:
+    def _bias_of(self, held: Prepared, context: ModalityContext) -> Bias:
         """One for all rows where nothing is centred or every token is text, else by row."""
         if held.bias is None or held.bias.dim() == 1:
             return held.bias
@@ -132,7 +150,7 @@ class Stack:
         return values[0] if rows is None else RowBias(values, rows)
 
     def _corrections(
-        self, held: _Prepared, rows_ni: torch.Tensor, smoothing: RowSmoothing | None, context: ModalityContext
+        self, held: Prepared, rows_ni: torch.Tensor, smoothing: RowSmoothing | None, context: ModalityContext
     ) -> tuple[list[LowRank], RowAddend | None]:
         """Low-rank corrections of the rows of their modality; none for text, and so none in decoding.
 
@@ -153,9 +171,7 @@ class Stack:
         others = {m: own for m, own in rows.items() if m not in fused}
         return low_rank, self._addend(held, others, u) if others else None
 
-    def _addend(
-        self, held: _Prepared, rows: dict[Modality, torch.Tensor], u: dict[Modality, torch.Tensor]
-    ) -> RowAddend:
+    def _addend(self, held: Prepared, rows: dict[Modality, torch.Tensor], u: dict[Modality, torch.Tensor]) -> RowAddend:
         count, start = sum(len(own) for own in rows.values()), 0
         like = next(iter(u.values()))
         values = tuple(like.new_empty(count, size) for size in self.sizes)
@@ -175,7 +191,7 @@ class Stack:
                 torch.mm(u_nr[:, column : column + len(right)], right.to(u_nr.dtype), out=part)
                 column += len(right)
 
-    def prepare(self) -> _Prepared:
+    def prepare(self) -> Prepared:
         """Hand the weights to the kernel.
 
         Raises:
@@ -188,7 +204,7 @@ class Stack:
             spec = LinearSpec(whole.in_features, whole.out_features, fmt, whole.codes.device.type)
             kernel = select(first.kernel, spec)
             taken = self._take_factors()
-            self._prepared = _Prepared(kernel, kernel.prepare(whole, first.activation), self._bias(), *taken)
+            self._prepared = Prepared(kernel, kernel.prepare(whole, first.activation), self._bias(), *taken)
             for member in self.members:
                 member.release_plain()
                 for name in SHARED:
@@ -202,7 +218,7 @@ class Stack:
             self._prepared = None
             for member, (weight, factors) in zip(self.members, plain, strict=True):
                 member.set_plain(weight, factors)
-        self._outputs, self._source = {}, None
+        self._outputs, self._source, self._made = {}, None, None
 
     def plain_tensors(self, member: PackedLinear) -> dict[str, torch.Tensor]:
         """What of the state of ``member`` a kernel holds now, in the plain layout."""

@@ -55,7 +55,8 @@ def execution_of(record: RunRecord) -> str:
     if is_float(record):
         return ABSENT
     kernels = record.provenance.get("kernels")
-    return f"packed ({', '.join(sorted(kernels))})" if kernels else "simulated"
+    how = "fused" if record.provenance.get("fused") else "packed"
+    return f"{how} ({', '.join(sorted(kernels))})" if kernels else "simulated"
 
 
 def calibration_of(record: RunRecord) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from masq import kernels
-from masq.kernels.base import Kernel
+from masq.kernels.base import Kernel, Norm
 from masq.models.base import Modality
 from masq.modules import stack as modules
 from masq.modules.modality import ModalityContext
@@ -67,3 +67,49 @@ def check_layers_that_share_an_input(
         text = ids[0] <= 0
         assert torch.equal(found[0][:, text], found[1][:, text])
         assert float((found[0] - found[1]).norm() / found[0].norm()) < 4e-3
+
+
+def check_layers_behind_a_norm_and_a_gate(
+    kernel: Kernel, device: str, activation: TensorFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A feed-forward of packed layers, prefill of three modalities and decoding of text, against the reference.
+
+    Args:
+        kernel: taken for every layer where ``device`` is no GPU, else chosen by its name.
+        device: of the tensors.
+        activation: format of the inputs.
+        monkeypatch: of the test.
+    """
+    if device == "cpu":
+        monkeypatch.setattr(modules, "select", lambda *_: kernel)
+    context, generator = ModalityContext(), torch.Generator().manual_seed(0)
+    gamma = torch.rand(130, generator=generator).bfloat16()
+
+    def layer(inner: int, out: int, rank: int) -> QuantLinear:
+        factors = (torch.randn(*shape, generator=generator) / 9 for shape in ((inner, rank), (rank, out)))
+        return QuantLinear(
+            weights={Modality.TEXT: quantize(torch.randn(out, inner, generator=generator), TensorFormat(4))},
+            bias=torch.randn(out, generator=generator),
+            activation=activation,
+            smoothing={m: torch.full((inner,), 1.5) ** int(m) for m in Modality if m >= 0},
+            corrections={Modality.VISION: store(*factors, torch.bfloat16)} if rank else None,
+            context=context,
+            dtype=torch.bfloat16,
+        )
+
+    layers = [layer(130, 48, 17), layer(130, 48, 3), layer(48, 33, 0)]
+    for ids in (torch.tensor([[-1, 0, 1, 1, 0, 2, 0] * 3]), torch.tensor([[0]]), torch.tensor([[1]])):
+        x = torch.randn(*ids.shape, 130, generator=generator).bfloat16()
+        found = []
+        for name, where in (("reference", "cpu"), (kernel.name, device)):
+            context.set(ids.to(torch.int8).to(where))
+            with monkeypatch.context() as patch:
+                if name == "reference":
+                    patch.setattr(modules, "select", kernels.select)
+                gate, up, down = (PackedLinear.from_simulated(one, name).to(where) for one in layers)
+                modules.stack([gate, up])
+                rows = gate.stack.normalized(x.to(where), Norm(gamma.to(where), 1e-6))
+                found.append(down.stack.gated(*gate.stack.together(rows)).float().cpu())
+            assert down.stack.prepare().kernel.name == name
+        assert found[0].shape == (*ids.shape, 33)
+        assert float((found[0] - found[1]).norm() / found[0].norm()) < 2e-2

@@ -12,7 +12,7 @@ from tests.kernels.interpreting import (
     KERNEL,
     moved,
 )
-from tests.kernels.layers import check_layers_that_share_an_input
+from tests.kernels.layers import check_layers_behind_a_norm_and_a_gate, check_layers_that_share_an_input
 
 OPERATIONS = [
     "smooth_quantize",
@@ -60,6 +60,10 @@ def test_layers_of_operations_that_torch_checks(triton_device, launches, name):
 @pytest.mark.parametrize("coded", [False, True])
 def test_layers_that_share_an_input(triton_device, monkeypatch, coded):
     check_layers_that_share_an_input(KERNEL, triton_device, ACTIVATION, coded, monkeypatch)
+
+
+def test_layers_behind_a_norm_and_a_gate(triton_device, monkeypatch):
+    check_layers_behind_a_norm_and_a_gate(KERNEL, triton_device, ACTIVATION, monkeypatch)
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from masq.kernels.base import RowSmoothing
+from masq.kernels.base import Norm, RowSmoothing
 from masq.kernels.triton import fused
 from masq.numerics.affine import quantize
 from masq.numerics.scheme import TensorFormat
@@ -122,6 +122,14 @@ def test_rows_under_the_norm(triton_device, dtype, residual):
         exact = torch.nn.functional.rms_norm(total.double(), (inner,), gamma.double(), 1e-6)
         inverse = smooth.inverse[smooth.rows].double()
         check_codes(found.activation, exact * inverse, (inner + 16) * 2.0**-24)
+        centred = cases.centring(count, inner, smooth)
+        made, none = KERNEL.quantize_norm(
+            *((total if residual else x).to(triton_device), Norm(gamma.to(triton_device), 1e-6)),
+            *(ACTIVATION, moved(centred, triton_device), None),
+        )
+        assert none is None
+        rows = (exact - centred.centre[centred.centre_rows].double()) * inverse
+        check_codes(made, rows, 8 * (inner + 16) * 2.0**-24)
         normalized = found.normalized.cpu()
         bound = (UNITS[dtype] + (inner + 16) * 2.0**-24) * exact.abs()
         assert ((normalized.double() - exact).abs() <= bound)[keep].all()
@@ -141,6 +149,10 @@ def test_rows_of_silu_times_up(triton_device, launches, monkeypatch, wide, dtype
         for given, factor in ((smooth, smooth.inverse[smooth.rows].double()), (None, 1.0)):
             found = fused.silu_times_up(*parts, ACTIVATION, moved(given, triton_device))
             check_codes(found, exact * factor, 16 * 2.0**-24)
+        centred = cases.centring(count, inner, smooth)
+        found = KERNEL.quantize_gate(*parts, ACTIVATION, moved(centred, triton_device))
+        rows = (exact - centred.centre[centred.centre_rows].double()) * smooth.inverse[smooth.rows].double()
+        check_codes(found, rows, 8 * 16 * 2.0**-24)
 
 
 def test_rows_normalized_and_multiplied(triton_device):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,36 @@ def test_a_part_that_goes_away_leaves_the_process(tmp_path: Path) -> None:
         kept.append(torch.ones(SIDE, SIDE))
         assert resident_bytes() - before > 0.8 * NUM_BYTES
     assert resident_bytes() - before < 0.3 * NUM_BYTES
+
+
+LARGE = """
+import os
+from pathlib import Path
+import torch
+from masq.models.heap import map_large
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+done = map_large()
+large = torch.ones(2048, 2048)
+# Freed, it would raise a threshold that moves, and matrices of 2 MiB would lie in the heap.
+del large
+before = resident_bytes()
+tensors = [torch.ones(512, 1024) for _ in range(60)]
+kept = tensors[9::10]
+del tensors
+print(done, (resident_bytes() - before) / (60 << 21))
+"""
+
+
+@pytest.mark.parametrize("by_user", [False, True])
+def test_large_tensors_do_not_share_a_heap(by_user: bool) -> None:
+    """What stays between them keeps nothing else in memory; a threshold of the user's own is left alone."""
+    own = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+    clean = {key: value for key, value in os.environ.items() if key not in own}
+    command = [sys.executable, "-c", LARGE]
+    found = subprocess.run(command, env=clean | (own if by_user else {}), capture_output=True, text=True, check=True)
+    done, share = found.stdout.split()
+    assert done == str(not by_user)
+    assert float(share) > 0.8 if by_user else float(share) < 0.3

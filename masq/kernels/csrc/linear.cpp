@@ -10,6 +10,7 @@
 //
 // Every path computes the same integers. What follows is float32, in a fixed order and without fused multiply-add.
 
+#include <math.h>
 #include <stdlib.h>
 
 #include "common.h"
@@ -65,11 +66,95 @@ struct Product {
   int64_t panel_bytes() const { return blocks() * kTileBytes * (four_bits ? 1 : 2); }
 };
 
+// ---- what a row is: read as it is, under RMSNorm, or SiLU of it times another ----
+
+enum Kind { kPlain = 0, kNorm = 1, kGate = 2 };
+
+struct Source {
+  int kind;
+  const void* x;
+  int dtype;
+  int64_t stride;        // Elements between rows of x
+  const void* other;     // kGate: what SiLU(x) is multiplied by, in the dtype of x
+  int64_t other_stride;
+  const void* gamma;     // kNorm: [K]
+  int gamma_dtype;
+  float eps;             // kNorm: added to the mean of squares
+  const uint8_t* keep;   // kNorm: [M], rows whose normalized values are wanted, or null for none
+  void* kept;            // kNorm: where they go, [M, K] in the dtype of x
+
+  static constexpr int64_t size_of(int dtype) { return dtype == kFloat ? 4 : 2; }
+  const void* line(int64_t row) const { return (const char*)x + row * stride * size_of(dtype); }
+  const void* other_line(int64_t row) const { return (const char*)other + row * other_stride * size_of(dtype); }
+  bool keeps(int64_t row) const { return keep && keep[row]; }
+};
+
+void make_row_scalar(const Source& source, int64_t row, int64_t k, float* made) {
+  const void *from = source.line(row), *other = source.other_line(row);
+  float squares = 0;
+  for (int64_t j = 0; j < k; ++j) {
+    float value = load(from, j, source.dtype);
+    if (source.kind == kGate) {
+      float small = expf(-fabsf(value));  // Never above one, whatever the sign.
+      value = value * (value >= 0 ? 1.0f : small) / (1.0f + small) * load(other, j, source.dtype);
+    }
+    squares += value * value;
+    made[j] = value;
+  }
+  if (source.kind != kNorm) return;
+  const float factor = 1.0f / sqrtf(squares / (float)k + source.eps);
+  for (int64_t j = 0; j < k; ++j) {
+    made[j] = made[j] * factor * load(source.gamma, j, source.gamma_dtype);
+    if (source.keeps(row)) store(source.kept, row * k + j, source.dtype, made[j]);
+  }
+}
+
+// exp of numbers that are not positive: x = n ln 2 + r, and the series of exp(r) to the seventh power, whose rest is below
+// 2^-27; NaN stays NaN.
+AVX512_TARGET inline __m512 exp16(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  // ln 2 in two parts: n times the first is exact.
+  __m512 r = _mm512_sub_ps(x, _mm512_mul_ps(n, _mm512_set1_ps(0.693359375f)));
+  r = _mm512_sub_ps(r, _mm512_mul_ps(n, _mm512_set1_ps(-2.12194440e-4f)));
+  const float terms[7] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  __m512 sum = _mm512_set1_ps(1.0f / 5040);
+  for (float term : terms)
+    sum = _mm512_add_ps(_mm512_mul_ps(sum, r), _mm512_set1_ps(term));
+  return _mm512_scalef_ps(sum, n);
+}
+
+AVX512_TARGET inline __m512 gated16(__m512 gate, __m512 up) {
+  const __m512 one = _mm512_set1_ps(1.0f), small = exp16(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(gate)));
+  const __m512 top = _mm512_mask_mov_ps(small, _mm512_cmp_ps_mask(gate, _mm512_setzero_ps(), _CMP_GE_OQ), one);
+  return _mm512_mul_ps(_mm512_div_ps(_mm512_mul_ps(gate, top), _mm512_add_ps(one, small)), up);
+}
+
+AVX512_TARGET void make_row_avx512(const Source& source, int64_t row, int64_t k, float* made) {
+  const void *from = source.line(row), *other = source.other_line(row);
+  __m512 squares = _mm512_setzero_ps();
+  for (int64_t j = 0; j < k; j += 16) {
+    const __mmask16 mask = k - j >= 16 ? 0xffff : (__mmask16)((1u << (k - j)) - 1);
+    __m512 value = load16(from, j, source.dtype, mask);
+    if (source.kind == kGate) value = gated16(value, load16(other, j, source.dtype, mask));
+    squares = _mm512_add_ps(squares, _mm512_mul_ps(value, value));
+    _mm512_mask_storeu_ps(made + j, mask, value);
+  }
+  if (source.kind != kNorm) return;
+  const float mean = _mm512_reduce_add_ps(squares) / (float)k;
+  const __m512 factor = _mm512_set1_ps(1.0f / sqrtf(mean + source.eps));
+  for (int64_t j = 0; j < k; j += 16) {
+    const __mmask16 mask = k - j >= 16 ? 0xffff : (__mmask16)((1u << (k - j)) - 1);
+    const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, made + j), factor);
+    const __m512 value = _mm512_mul_ps(scaled, load16(source.gamma, j, source.gamma_dtype, mask));
+    _mm512_mask_storeu_ps(made + j, mask, value);
+    if (source.keeps(row)) store16(source.kept, row * k + j, source.dtype, mask, value);
+  }
+}
+
 // ---- smoothing and quantization of one row ----
 
 struct Rows {
-  const void* x;
-  int dtype;
   const float* inverse;         // [U, K] or null
   const int64_t* which;         // [M], row of inverse, or null for the first
   const uint16_t* centre;       // bfloat16 [C, K] or null
@@ -98,12 +183,12 @@ inline float scale_of(uint32_t largest, float divisor) {
 
 inline bool is_finite(float value) { return (float_to_bits(value) & 0x7f800000u) != 0x7f800000u; }
 
-void quantize_row_scalar(const Rows& rows, int64_t row, float* smoothed) {
+void quantize_row_scalar(const Rows& rows, const void* line, int dtype, int64_t row, float* smoothed) {
   const float* factors = rows.factors(row);
   const uint16_t* centre = rows.taken(row);
   uint32_t largest = 0;
   for (int64_t j = 0; j < rows.k; ++j) {
-    float value = load(rows.x, row * rows.k + j, rows.dtype);
+    float value = load(line, j, dtype);
     if (centre) value -= load(centre, j, kBfloat);
     if (factors) value *= factors[j];
     smoothed[j] = value;
@@ -126,14 +211,14 @@ void quantize_row_scalar(const Rows& rows, int64_t row, float* smoothed) {
 // A row less its centre, times its factors, in float32, padded with zeros to whole blocks; returns the bits of the largest
 // magnitude.
 template <int DTYPE, int SMOOTH, int CENTRE>
-AVX512_TARGET uint32_t smooth_row_avx512(const Rows& rows, int64_t row, float* smoothed) {
+AVX512_TARGET uint32_t smooth_row_avx512(const Rows& rows, const void* line, int64_t row, float* smoothed) {
   const float* factors = rows.factors(row);
   const uint16_t* centre = rows.taken(row);
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   __m512i largest = _mm512_setzero_si512();
-  const int64_t from = row * rows.k, whole = rows.k / 16 * 16;
+  const int64_t whole = rows.k / 16 * 16;
   for (int64_t j = 0; j < whole; j += 16) {
-    __m512 value = load16(rows.x, from + j, DTYPE, 0xffff);
+    __m512 value = load16(line, j, DTYPE, 0xffff);
     if (CENTRE) value = _mm512_sub_ps(value, load16(centre, j, kBfloat, 0xffff));
     if (SMOOTH) value = _mm512_mul_ps(value, _mm512_loadu_ps(factors + j));
     _mm512_storeu_ps(smoothed + j, value);
@@ -141,7 +226,7 @@ AVX512_TARGET uint32_t smooth_row_avx512(const Rows& rows, int64_t row, float* s
   }
   for (int64_t j = whole; j < (rows.k + kBlock - 1) / kBlock * kBlock; j += 16) {
     __mmask16 mask = j < rows.k ? (__mmask16)((1u << (rows.k - j)) - 1) : 0;
-    __m512 value = load16(rows.x, from + j, DTYPE, mask);
+    __m512 value = load16(line, j, DTYPE, mask);
     if (CENTRE) value = _mm512_sub_ps(value, load16(centre, j, kBfloat, mask));
     if (SMOOTH) value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, factors + j));
     _mm512_storeu_ps(smoothed + j, value);
@@ -151,23 +236,23 @@ AVX512_TARGET uint32_t smooth_row_avx512(const Rows& rows, int64_t row, float* s
 }
 
 template <int DTYPE>
-AVX512_TARGET uint32_t smooth_row_avx512(const Rows& rows, int64_t row, float* smoothed) {
-  if (rows.centre && rows.inverse) return smooth_row_avx512<DTYPE, 1, 1>(rows, row, smoothed);
-  if (rows.centre) return smooth_row_avx512<DTYPE, 0, 1>(rows, row, smoothed);
-  if (rows.inverse) return smooth_row_avx512<DTYPE, 1, 0>(rows, row, smoothed);
-  return smooth_row_avx512<DTYPE, 0, 0>(rows, row, smoothed);
+AVX512_TARGET uint32_t smooth_row_avx512(const Rows& rows, const void* line, int64_t row, float* smoothed) {
+  if (rows.centre && rows.inverse) return smooth_row_avx512<DTYPE, 1, 1>(rows, line, row, smoothed);
+  if (rows.centre) return smooth_row_avx512<DTYPE, 0, 1>(rows, line, row, smoothed);
+  if (rows.inverse) return smooth_row_avx512<DTYPE, 1, 0>(rows, line, row, smoothed);
+  return smooth_row_avx512<DTYPE, 0, 0>(rows, line, row, smoothed);
 }
 
-AVX512_TARGET uint32_t smooth_row_avx512(const Rows& rows, int64_t row, float* smoothed) {
-  switch (rows.dtype) {
-    case kFloat: return smooth_row_avx512<kFloat>(rows, row, smoothed);
-    case kBfloat: return smooth_row_avx512<kBfloat>(rows, row, smoothed);
-    default: return smooth_row_avx512<kHalf>(rows, row, smoothed);
+AVX512_TARGET uint32_t smooth_row_avx512(const Rows& rows, const void* line, int dtype, int64_t row, float* smoothed) {
+  switch (dtype) {
+    case kFloat: return smooth_row_avx512<kFloat>(rows, line, row, smoothed);
+    case kBfloat: return smooth_row_avx512<kBfloat>(rows, line, row, smoothed);
+    default: return smooth_row_avx512<kHalf>(rows, line, row, smoothed);
   }
 }
 
-AVX512_TARGET void quantize_row_avx512(const Rows& rows, int64_t row, float* smoothed) {
-  const float scale = scale_of(smooth_row_avx512(rows, row, smoothed), rows.divisor);
+AVX512_TARGET void quantize_row_avx512(const Rows& rows, const void* line, int dtype, int64_t row, float* smoothed) {
+  const float scale = scale_of(smooth_row_avx512(rows, line, dtype, row, smoothed), rows.divisor);
   rows.scale[row] = scale;
   const bool fine = is_finite(scale);
   // Adding 1.5 * 2^23 rounds half to even and leaves the integer in the lowest bits.
@@ -200,7 +285,7 @@ AVX512_TARGET void quantize_row_avx512(const Rows& rows, int64_t row, float* smo
   }
 }
 
-void quantize_rows(const Rows& rows, int isa, int threads) {
+void quantize_rows(const Source& source, const Rows& rows, int isa, int threads) {
   const int64_t blocks = (rows.k + kBlock - 1) / kBlock;
   if (rows.m > kFewRows && rows.m % kTileRows) {  // Tiles read whole lines; few rows never go through tiles.
     int64_t tile = rows.m / kTileRows, used = rows.m % kTileRows;
@@ -210,11 +295,17 @@ void quantize_rows(const Rows& rows, int isa, int threads) {
   if (rows.m * rows.k < kParallelWork) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    float* smoothed = new float[blocks * kBlock];
+    float* smoothed = new float[2 * blocks * kBlock];
+    float* made = smoothed + blocks * kBlock;
+    const bool plain = source.kind == kPlain;
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows.m; ++row) {
-      if (isa >= kVnni) quantize_row_avx512(rows, row, smoothed);
-      else quantize_row_scalar(rows, row, smoothed);
+      if (!plain && isa >= kVnni) make_row_avx512(source, row, rows.k, made);
+      else if (!plain) make_row_scalar(source, row, rows.k, made);
+      const void* line = plain ? source.line(row) : made;
+      const int dtype = plain ? source.dtype : kFloat;
+      if (isa >= kVnni) quantize_row_avx512(rows, line, dtype, row, smoothed);
+      else quantize_row_scalar(rows, line, dtype, row, smoothed);
     }
     delete[] smoothed;
   }
@@ -227,15 +318,16 @@ AVX512_TARGET void round_row(const float* values, void* out, int64_t from, int64
   }
 }
 
-void smooth_rows(const Rows& rows, const int64_t* take, void* out, int threads) {
+void smooth_rows(const Source& source, const Rows& rows, const int64_t* take, void* out, int threads) {
   if (rows.m * rows.k < kParallelWork) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     float* smoothed = new float[(rows.k + kBlock - 1) / kBlock * kBlock];
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows.m; ++row) {
-      smooth_row_avx512(rows, take ? take[row] : row, smoothed);
-      round_row(smoothed, out, row * rows.k, rows.k, rows.dtype);
+      const int64_t from = take ? take[row] : row;
+      smooth_row_avx512(rows, source.line(from), source.dtype, from, smoothed);
+      round_row(smoothed, out, row * rows.k, rows.k, source.dtype);
     }
     delete[] smoothed;
   }
@@ -708,13 +800,33 @@ int64_t masq_code_bytes(int64_t m, int64_t k) {
 void masq_quantize(const void* x, int dtype, const float* inverse, const int64_t* which, const uint16_t* centre,
                    const int64_t* which_centre, int64_t m, int64_t k, int qmax, float divisor, int8_t* codes,
                    float* scale, int isa, int threads) {
-  quantize_rows(Rows{x, dtype, inverse, which, centre, which_centre, m, k, qmax, divisor, codes, scale}, isa, threads);
+  const Rows rows{inverse, which, centre, which_centre, m, k, qmax, divisor, codes, scale};
+  quantize_rows(Source{kPlain, x, dtype, k, nullptr, 0, nullptr, 0, 0, nullptr, nullptr}, rows, isa, threads);
+}
+
+// Rows under RMSNorm, those that keep names also in their own dtype.
+void masq_quantize_norm(const void* x, int dtype, const void* gamma, int gamma_dtype, float eps, const uint8_t* keep,
+                        void* kept, const float* inverse, const int64_t* which, const uint16_t* centre,
+                        const int64_t* which_centre, int64_t m, int64_t k, int qmax, float divisor, int8_t* codes,
+                        float* scale, int isa, int threads) {
+  const Rows rows{inverse, which, centre, which_centre, m, k, qmax, divisor, codes, scale};
+  quantize_rows(Source{kNorm, x, dtype, k, nullptr, 0, gamma, gamma_dtype, eps, keep, kept}, rows, isa, threads);
+}
+
+// SiLU(gate) * up, rows of each so many elements apart.
+void masq_quantize_gate(const void* gate, const void* up, int dtype, int64_t gate_stride, int64_t up_stride,
+                        const float* inverse, const int64_t* which, const uint16_t* centre, const int64_t* which_centre,
+                        int64_t m, int64_t k, int qmax, float divisor, int8_t* codes, float* scale, int isa, int threads) {
+  const Rows rows{inverse, which, centre, which_centre, m, k, qmax, divisor, codes, scale};
+  const Source source{kGate, gate, dtype, gate_stride, up, up_stride, nullptr, 0, 0, nullptr, nullptr};
+  quantize_rows(source, rows, isa, threads);
 }
 
 // Smoothed rows in their own dtype: m of them, those that take names or the first; AVX512 alone.
 void masq_smooth(const void* x, int dtype, const float* inverse, const int64_t* which, const uint16_t* centre,
                  const int64_t* which_centre, const int64_t* take, int64_t m, int64_t k, void* out, int threads) {
-  smooth_rows(Rows{x, dtype, inverse, which, centre, which_centre, m, k, 1, 1.0f, nullptr, nullptr}, take, out, threads);
+  const Rows rows{inverse, which, centre, which_centre, m, k, 1, 1.0f, nullptr, nullptr};
+  smooth_rows(Source{kPlain, x, dtype, k, nullptr, 0, nullptr, 0, 0, nullptr, nullptr}, rows, take, out, threads);
 }
 
 void masq_gemm(const int8_t* codes, const float* a_scale, const uint8_t* w, const float* w_scale, const int32_t* offset,

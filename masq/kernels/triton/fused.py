@@ -59,9 +59,9 @@ def normalize(  # noqa: PLR0913
     """
     from masq.kernels.triton import ops
 
-    vectors = _vectors(smoothing)
+    inverse, vectors, *centres = _tables(smoothing)
     codes, scale, summed, normed = ops.norm_smooth_quantize(
-        x, residual, gamma, eps, *vectors, keep, activation.qmax, activation.divisor
+        x, residual, gamma, eps, inverse, vectors, keep, activation.qmax, activation.divisor, *centres
     )
     quantized = QuantizedActivation(codes, scale, len(x))
     return NormalizedRows(quantized, None if residual is None else summed, None if keep is None else normed)
@@ -73,7 +73,9 @@ def silu_times_up(
     """SiLU(gate) * up in float32, smoothed and quantized; both [N, I], parts of the columns of one matrix or not."""
     from masq.kernels.triton import ops
 
-    codes, scale = ops.silu_mul_smooth_quantize(gate, up, *_vectors(smoothing), activation.qmax, activation.divisor)
+    inverse, vectors, *centres = _tables(smoothing)
+    ends = activation.qmax, activation.divisor
+    codes, scale = ops.silu_mul_smooth_quantize(gate, up, inverse, vectors, *ends, *centres)
     return QuantizedActivation(codes, scale, len(gate))
 
 
@@ -86,11 +88,12 @@ def project(
     """
     from masq.kernels.triton import ops
 
-    return ops.low_rank_down(x, rows, *_vectors(smoothing), left)
+    inverse, vectors, centre, _ = _tables(smoothing)
+    assert centre is None, "rows to be projected have no centres left"
+    return ops.low_rank_down(x, rows, inverse, vectors, left)
 
 
-def _vectors(smoothing: RowSmoothing | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _tables(smoothing: RowSmoothing | None) -> tuple[torch.Tensor | None, ...]:
     if smoothing is None:
-        return None, None
-    assert smoothing.centre is None, "kernels of the layer before subtract no centres: Kernel.quantize does"
-    return smoothing.inverse, smoothing.rows
+        return None, None, None, None
+    return smoothing.inverse, smoothing.rows, smoothing.centre, smoothing.centre_rows

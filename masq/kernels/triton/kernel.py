@@ -12,6 +12,7 @@ from masq.kernels.base import (
     Kernel,
     LinearSpec,
     LowRank,
+    Norm,
     PreparedFactors,
     PreparedWeight,
     QuantizedActivation,
@@ -44,6 +45,7 @@ class TritonKernel(Kernel):
     """
 
     name = "triton"
+    fuses = True
 
     def not_supported_reasons(self, spec: LinearSpec) -> list[str]:
         """See ``Kernel.not_supported_reasons``."""
@@ -83,6 +85,29 @@ class TritonKernel(Kernel):
         ends = activation.qmax, activation.divisor
         codes, scale = ops.smooth_quantize(x, given.inverse, given.rows, *ends, given.centre, given.centre_rows)
         return QuantizedActivation(codes, scale, len(x))
+
+    def quantize_norm(
+        self,
+        x: torch.Tensor,
+        norm: Norm,
+        activation: TensorFormat,
+        smoothing: RowSmoothing | None,
+        keep: torch.Tensor | None,
+    ) -> tuple[QuantizedActivation, torch.Tensor | None]:
+        """See ``Kernel.quantize_norm``."""
+        from masq.kernels.triton import fused
+
+        check_rows(x, smoothing)
+        made = fused.normalize(x, norm.gamma, norm.eps, activation, smoothing, keep=keep)
+        return made.activation, made.normalized
+
+    def quantize_gate(
+        self, gate: torch.Tensor, up: torch.Tensor, activation: TensorFormat, smoothing: RowSmoothing | None
+    ) -> QuantizedActivation:
+        """See ``Kernel.quantize_gate``."""
+        from masq.kernels.triton import fused
+
+        return fused.silu_times_up(gate, up, activation, smoothing)
 
     def prepare_factors(
         self, rights: Sequence[torch.Tensor | None], sizes: Sequence[int], activation: TensorFormat | None

@@ -143,24 +143,27 @@ def smooth_quantize(
 
 
 @_operation(
-    "silu_mul_smooth_quantize(Tensor gate, Tensor up, Tensor? inverse, Tensor? vectors, int qmax, float divisor) "
-    "-> (Tensor, Tensor)",
+    "silu_mul_smooth_quantize(Tensor gate, Tensor up, Tensor? inverse, Tensor? vectors, int qmax, float divisor, "
+    "Tensor? centre=None, Tensor? centres=None) -> (Tensor, Tensor)",
     fake=_empty_codes,
 )
-def silu_mul_smooth_quantize(
+def silu_mul_smooth_quantize(  # noqa: PLR0913
     gate: torch.Tensor,
     up: torch.Tensor,
     inverse: torch.Tensor | None,
     vectors: torch.Tensor | None,
     qmax: int,
     divisor: float,
+    centre: torch.Tensor | None = None,
+    centres: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``smooth_quantize``, of SiLU(gate) * up in float32; both [N, I], views of one matrix or not."""
-    return _quantize(gate, (qmax, divisor), device_rows.SILU_MUL, other=up, inverse=inverse, vectors=vectors)
+    given = {"inverse": inverse, "vectors": vectors, "centre": centre, "centres": centres}
+    return _quantize(gate, (qmax, divisor), device_rows.SILU_MUL, other=up, **given)
 
 
 def _empty_norm(x: torch.Tensor, residual: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor, ...]:
-    keep = _[-3]
+    keep = _[4]
     nothing = x.new_empty(0)
     return (
         *_empty_codes(x),
@@ -171,7 +174,8 @@ def _empty_norm(x: torch.Tensor, residual: torch.Tensor | None, *_: Any) -> tupl
 
 @_operation(
     "norm_smooth_quantize(Tensor x, Tensor? residual, Tensor gamma, float eps, Tensor? inverse, Tensor? vectors, "
-    "Tensor? keep, int qmax, float divisor) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? keep, int qmax, float divisor, Tensor? centre=None, Tensor? centres=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=_empty_norm,
 )
 def norm_smooth_quantize(  # noqa: PLR0913
@@ -184,6 +188,8 @@ def norm_smooth_quantize(  # noqa: PLR0913
     keep: torch.Tensor | None,
     qmax: int,
     divisor: float,
+    centre: torch.Tensor | None = None,
+    centres: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """As ``smooth_quantize``, of x [N, I], plus a residual, under RMSNorm with ``gamma`` [I] in float32.
 
@@ -193,7 +199,8 @@ def norm_smooth_quantize(  # noqa: PLR0913
     """
     summed = None if residual is None else torch.empty_like(x)
     normed = None if keep is None else torch.empty_like(x)
-    given = {"inverse": inverse, "vectors": vectors, "summed": summed, "normed": normed, "gamma": gamma, "eps": eps}
+    given = {"inverse": inverse, "vectors": vectors, "centre": centre, "centres": centres}
+    given |= {"summed": summed, "normed": normed, "gamma": gamma, "eps": eps}
     kept = None if keep is None else keep.view(torch.int8)
     codes, scale = _quantize(x, (qmax, divisor), device_rows.NORM, other=residual, keep=kept, **given)
     return codes, scale, x.new_empty(0) if summed is None else summed, x.new_empty(0) if normed is None else normed

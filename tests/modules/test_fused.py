@@ -1,0 +1,212 @@
+"""Blocks whose norms and gates are computed in the pass that quantizes what they feed."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from masq import kernels
+from masq.errors import ConfigError
+from masq.export import checkpoint
+from masq.finished import load_finished
+from masq.kernels.base import Kernel
+from masq.kernels.build import BuildError
+from masq.kernels.cpu import best_isa
+from masq.models.base import ModelAdapter, Role
+from masq.models.zoo import nano
+from masq.modules.fused import fuse_blocks
+from masq.modules.packed_linear import PackedLinear
+from masq.numerics.scheme import Scheme
+from masq.run import run
+from tests.test_run import METHODS, config, splits  # noqa: F401
+
+NUM_BLOCKS = 3
+MEDIA = {"all": ("vision", "audio"), "vision": ("vision",), "text": ()}
+CENTRED = {"centring": {"kind": "modality"}, "smoothing": {"kind": "modality"}}
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def kernel(request: pytest.FixtureRequest) -> str:
+    if request.param == "cpu":
+        try:
+            best_isa()
+        except BuildError as error:
+            pytest.skip(str(error))
+    return request.param
+
+
+def packed(splits, root: Path, kernel: str, method: str = "masquant", **changes: Any) -> ModelAdapter:  # noqa: F811
+    """A packed nano_omni."""
+    evaluation = {"score": False, "samples_per_task": 1, "source": str(splits["evaluation"])}
+    given = {"evaluation": evaluation, "execution": "packed", "kernel": kernel} | changes
+    record = run(config(splits, root, method, **given))
+    return load_finished(next(root.glob(f"*-{record.identity[:10]}")))
+
+
+def logits(adapter: ModelAdapter, media: tuple[str, ...]) -> torch.Tensor:
+    batch = adapter.encode(nano.random_samples(media, 3), with_answer=False)
+    with torch.no_grad():
+        return adapter.model(**batch.inputs).logits[batch.modality >= 0]
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("method", ["rtn", "masquant", "smoothquant"])
+def test_the_same_numbers_but_for_rounding(splits, tmp_path, kernel, method):  # noqa: F811
+    adapter = packed(splits, tmp_path, kernel, method)
+    wanted = {name: logits(adapter, media) for name, media in MEDIA.items()}
+    assert fuse_blocks(adapter.blocks()) == NUM_BLOCKS * 3
+    for name, media in MEDIA.items():
+        # In float32 a code moves only where a value lay within rounding of the middle of two.
+        assert distance(logits(adapter, media), wanted[name]) < 2e-3
+
+
+def test_centres_are_subtracted(splits, tmp_path, kernel, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(METHODS, "centred", CENTRED)
+    adapter = packed(splits, tmp_path, kernel, "centred")
+    assert any(adapter.blocks()[0].linear(role).centre is not None for role in Role)
+    wanted = logits(adapter, MEDIA["all"])
+    assert fuse_blocks(adapter.blocks()) == NUM_BLOCKS * 3
+    assert distance(logits(adapter, MEDIA["all"]), wanted) < 2e-3
+
+
+def test_only_the_output_of_attention_is_quantized_by_itself(splits, tmp_path, kernel, monkeypatch):  # noqa: F811
+    """Norms and gates hand over codes; corrections read the rows that were kept, and those alone are defined."""
+    adapter, plain, kept = packed(splits, tmp_path, kernel), [], []
+    used = type(adapter.blocks()[0].linear(Role.QUERY).stack.prepare().kernel)
+    real, normed = used.quantize, used.quantize_norm
+
+    def counted(self: Kernel, x: torch.Tensor, *rest: Any) -> Any:
+        plain.append(x.shape[1])
+        return real(self, x, *rest)
+
+    def spoiled(self: Kernel, x: torch.Tensor, norm: Any, *rest: Any) -> Any:
+        made, rows = normed(self, x, norm, *rest)
+        if rows is not None:
+            rows[~rest[-1]] = torch.nan
+        kept.append(rows is not None)
+        return made, rows
+
+    wanted = {name: logits(adapter, media) for name, media in MEDIA.items()}
+    fuse_blocks(adapter.blocks())
+    monkeypatch.setattr(used, "quantize", counted)
+    monkeypatch.setattr(used, "quantize_norm", spoiled)
+    for name, media in MEDIA.items():
+        plain.clear(), kept.clear()
+        assert distance(logits(adapter, media), wanted[name]) < 2e-3
+        if kernel == "cpu":  # the reference makes both of what it offers
+            assert len(plain) == NUM_BLOCKS
+        assert kept == [bool(media)] * NUM_BLOCKS * 2
+
+
+def test_sixteen_bits_are_not_rounded_to_in_between(splits, tmp_path, kernel):  # noqa: F811
+    """Both are near the float32 model with the same stored weights, the fused one no farther."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        model = config(splits, tmp_path, "rtn").model
+        own = {"name": "nano_omni", "family": model.family, "source": model.source, "modalities": [*model.modalities]}
+        adapter = packed(splits, tmp_path / dtype, kernel, "rtn", model={**own, "dtype": dtype})
+        found[dtype] = logits(adapter, MEDIA["all"]).float()
+        fuse_blocks(adapter.blocks())
+        found[f"{dtype} fused"] = logits(adapter, MEDIA["all"]).float()
+    plain, fused = (distance(found[name], found["float32"]) for name in ("bfloat16", "bfloat16 fused"))
+    assert fused < 1.05 * plain
+
+
+def test_what_stands_between_is_left_alone(splits, tmp_path):  # noqa: F811
+    """A rotation before ``down``, inputs in float, a kernel without such a pass."""
+    adapter = packed(splits, tmp_path, "reference", "quarot_gptq")
+    wanted = logits(adapter, MEDIA["all"])
+    assert fuse_blocks(adapter.blocks()) == NUM_BLOCKS * 2
+    assert distance(logits(adapter, MEDIA["all"]), wanted) < 2e-3
+    adapter = packed(splits, tmp_path, "torch", "rtn")
+    assert fuse_blocks(adapter.blocks()) == 0
+    scheme = replace(Scheme.preset("w4a8"), name="w4", activation=None)
+    floats = replace(config(splits, tmp_path, execution="packed", kernel="reference"), scheme=scheme)
+    record = run(floats)
+    adapter = load_finished(next(tmp_path.glob(f"*-{record.identity[:10]}")))
+    assert fuse_blocks(adapter.blocks()) == 0
+
+
+def test_only_what_is_rmsnorm_and_silu(splits, tmp_path):  # noqa: F811
+    adapter = packed(splits, tmp_path, "reference", "rtn")
+    [first, second, third] = adapter.blocks()
+    first.gated()[0].act_fn = torch.nn.GELU()
+
+    class Offset(type(second.norm("qkv"))):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * (1 + 1 / self.weight)
+
+    second.norm("qkv").__class__ = Offset
+    third.norm("gate_up").register_parameter("bias", torch.nn.Parameter(torch.ones(len(third.norm("qkv").weight))))
+    wanted = logits(adapter, MEDIA["all"])
+    assert [fuse_blocks([block]) for block in adapter.blocks()] == [2, 2, 2]
+    assert distance(logits(adapter, MEDIA["all"]), wanted) < 2e-3
+
+
+def test_a_model_that_no_kernel_fuses_any_longer(splits, tmp_path, monkeypatch):  # noqa: F811
+    """Asked anew in every call: after a move the norm computes for itself."""
+    adapter = packed(splits, tmp_path, "reference", "rtn")
+    wanted = logits(adapter, MEDIA["all"])
+    fuse_blocks(adapter.blocks())
+    for module in adapter.model.modules():
+        if isinstance(module, PackedLinear):
+            module.stack.release()
+            module.kernel = "torch"
+    monkeypatch.setattr(kernels.KERNELS.get("torch"), "quantize_norm", lambda *_: pytest.fail("asked to fuse"))
+    assert distance(logits(adapter, MEDIA["all"]), wanted) < 1e-5
+
+
+def test_copies_are_independent(splits, tmp_path):  # noqa: F811
+    adapter = packed(splits, tmp_path, "reference", "rtn")
+    fuse_blocks(adapter.blocks())
+    block, twin = adapter.blocks()[0], copy.deepcopy(adapter.blocks()[0].module)
+    assert list(twin.state_dict()) == list(block.module.state_dict())
+    calls = twin.input_layernorm.forward, twin.mlp.forward
+    assert calls[0].module is twin.input_layernorm
+    assert calls[0].layers[0] is twin.self_attn.q_proj
+    assert calls[1].module is twin.mlp
+    assert calls[1].down is twin.mlp.down_proj
+
+
+def test_a_run(splits, tmp_path, kernel):  # noqa: F811
+    """Scores of what would be deployed, and a record that says how they came about."""
+    found = {
+        how: run(config(splits, tmp_path, "masquant", execution=how, kernel=kernel)) for how in ("packed", "fused")
+    }
+    assert found["packed"].identity != found["fused"].identity
+    assert "fused" not in found["packed"].provenance
+    assert found["fused"].provenance["fused"] == NUM_BLOCKS * 3
+    assert found["fused"].provenance["kernels"] == found["packed"].provenance["kernels"]
+    assert found["fused"].effective_bits == found["packed"].effective_bits
+    for name in ("nll", "kl"):
+        assert found["fused"].fidelity[name] == pytest.approx(found["packed"].fidelity[name], rel=1e-2)
+    again = load_finished(next(tmp_path.glob(f"*-{found['fused'].identity[:10]}")))
+    assert type(again.blocks()[0].norm("qkv").forward).__name__ == "_FusedNorm"
+
+
+def test_a_checkpoint(splits, tmp_path):  # noqa: F811
+    adapter = packed(splits, tmp_path, "reference")
+    checkpoint.save(adapter, tmp_path / "out", {})
+    model = checkpoint.load(tmp_path / "out", kernel="reference", fused=True)
+    batch = adapter.encode(nano.random_samples(MEDIA["all"], 3), with_answer=False)
+    with torch.no_grad():
+        found, wanted = (one(**batch.inputs).logits[batch.modality >= 0] for one in (model, adapter.model))
+    assert type(model.model.language_model.layers[0].mlp.forward).__name__ == "_FusedGate"
+    assert distance(found, wanted) < 2e-3
+    answer = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(**batch.inputs, **answer), adapter.model.generate(**batch.inputs, **answer))
+
+
+def test_kernels_without_it_are_refused(splits, tmp_path):  # noqa: F811
+    with pytest.raises(ConfigError, match="fused execution needs a kernel that quantizes what a norm gives"):
+        config(splits, tmp_path, "rtn", execution="fused", kernel="torch")
+    with pytest.raises(ConfigError, match="fused execution has one weight for all modalities"):
+        config(splits, tmp_path, "mas", execution="fused")
