@@ -166,8 +166,8 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
-        x, *grid = ctx.saved_tensors
-        return nearest_backward(x, grad_outputs[0], *grid, ctx.format), None
+        x, scale, zero_point = ctx.saved_tensors
+        return nearest_backward(x, grad_outputs[0], scale, zero_point, ctx.format), None
 
 
 def _symmetric_backward(

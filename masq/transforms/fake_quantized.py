@@ -60,10 +60,10 @@ class _SmoothedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor, None]:
-        rows, weight, factor, *grid = ctx.saved_tensors
+        rows, weight, factor, scale, zero_point = ctx.saved_tensors
         grad, smoothed = grad_outputs[0], weight * factor
-        grad_rows = grad @ nearest(smoothed, *grid, ctx.format)
-        grad_smoothed = nearest_backward(smoothed, grad.t() @ rows, *grid, ctx.format)
+        grad_rows = grad @ nearest(smoothed, scale, zero_point, ctx.format)
+        grad_smoothed = nearest_backward(smoothed, grad.t() @ rows, scale, zero_point, ctx.format)
         return grad_rows, None, grad_smoothed.mul_(weight).sum(0), None
 
 
