@@ -93,6 +93,20 @@ def test_streamed_weights_give_the_same_bits(splits: dict[str, Path], tmp_path: 
     assert all(torch.equal(exported["streamed"][key], value) for key, value in exported["resident"].items())
 
 
+@pytest.mark.parametrize("weights", ["resident", "streamed"])
+@pytest.mark.parametrize("name", nano.FURTHER)
+def test_norms_and_gates_fused(splits: dict[str, Path], tmp_path: Path, name: str, weights: str) -> None:
+    """Every family's blocks are of a kind that can be, and their numbers move by rounding alone."""
+    found = {}
+    for execution in ("packed", "fused"):
+        raw = plain(splits, tmp_path, name, "masquant") | {"execution": execution, "kernel": "reference"}
+        raw["model"]["weights"] = weights
+        found[execution] = run(decode(raw))
+    assert found["fused"].provenance["fused"] == 3 * 3
+    for key in ("nll", "kl"):
+        assert found["fused"].fidelity[key] == pytest.approx(found["packed"].fidelity[key], rel=1e-2)
+
+
 @pytest.mark.parametrize("name", NANO)
 def test_the_sizes_in_the_configuration_are_those_of_the_model(name: str) -> None:
     from masq.models.architecture import count_parameters
