@@ -144,5 +144,5 @@ def _streamed(
         tokens = config.calibration.batch_size * workload.sample_tokens
         rows = tokens * 4 * (4 * sizes.intermediate_size + 8 * sizes.hidden_size)
         kept = max(modalities * codes, _LEARNING_COPIES * largest * 4)
-        found["learning"] = base + 4 * block / width + kept + rows
+        found["learning"] = base + kept + rows
     return found

@@ -140,13 +140,14 @@ class _FakeQuantLinear(nn.Module):
         rows: Rows,
     ) -> None:
         super().__init__()
-        self.weight = linear.weight.detach().float()
+        # In its own dtype: torch computes its products with float32 factors in float32.
+        self.weight = linear.weight.detach()
         self.bias = None if linear.bias is None else linear.bias.detach().float()
         self.source, self.rows = source, rows
         self.weight_format = fmt.weight
         self.activation = fmt.activation
         # Without smoothing the rounded weight never changes.
-        self.static = fake_quantize(self.weight, fmt.weight) if source is None else None
+        self.static = fake_quantize(self.weight.float(), fmt.weight) if source is None else None
         self._rounded: dict[Modality, tuple[int, QuantizedTensor]] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -159,7 +160,7 @@ class _FakeQuantLinear(nn.Module):
             parts = self.source.parts(x)
             y = self.source.rows.join([self._smoothed(rows, m) for m, rows in parts.items()])
         if self.rows.alone:
-            exact = functional.linear(x.detach().reshape(-1, x.shape[-1]).float(), self.weight)
+            exact = functional.linear(x.detach().reshape(-1, x.shape[-1]).float(), self.weight.float())
             self.rows.errors.append((y - exact).abs().mean(-1).view(x.shape[:-1]))
         if self.bias is not None:
             y = y + self.bias
