@@ -93,8 +93,9 @@ def test_streamed_weights_give_the_same_bits(splits: dict[str, Path], tmp_path: 
     assert all(torch.equal(exported["streamed"][key], value) for key, value in exported["resident"].items())
 
 
-@pytest.mark.parametrize("weights", ["resident", "streamed"])
-@pytest.mark.parametrize("name", nano.FURTHER)
+@pytest.mark.parametrize(
+    ("name", "weights"), [*((name, "resident") for name in nano.FURTHER), ("nano_qwen3_vl", "streamed")]
+)
 def test_norms_and_gates_fused(splits: dict[str, Path], tmp_path: Path, name: str, weights: str) -> None:
     """Every family's blocks are of a kind that can be, and their numbers move by rounding alone."""
     found = {}
