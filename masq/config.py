@@ -114,9 +114,8 @@ class RunConfig:
         seed: of every random stream, keyed further by stage and block.
         threads: CPU threads, None for torch's choice. Recorded; does not change the identity.
         execution: ``simulated`` keeps integer codes in bytes and multiplies them in torch; ``packed`` keeps the stored
-            bits and multiplies by a kernel, so that scores and fidelity come from what would be deployed; ``fused`` is
-            ``packed`` with norms and gates computed in the pass that quantizes what they feed: faster, and what is
-            quantized was not rounded to the model's dtype before.
+            bits and multiplies by a kernel, so that scores and fidelity come from what would be deployed; ``fused``
+            also computes norms and gates in the pass that quantizes what they feed (``masq.modules.fused``).
         kernel: of packed and fused execution, ``auto`` for the fastest that can run each linear.
         towers: what becomes of the vision and audio towers.
         preset: name of a set of overrides that was used, shown under tables.
@@ -292,12 +291,11 @@ def _check_execution(config: RunConfig) -> None:
             value=f"kernel={config.kernel}, execution=simulated",
             remedy=f"set execution=packed, or kernel={AUTO}",
         )
-    if config.execution == "fused" and config.kernel not in (AUTO, *FUSING):
-        raise ConfigError(
-            "fused execution needs a kernel that quantizes what a norm gives",
-            value=f"kernel={config.kernel}",
-            remedy=f"set execution=packed, or kernel to one of {', '.join((AUTO, *FUSING))}",
-        )
+    can_fuse = config.scheme.activation is not None and config.kernel in (AUTO, *FUSING)
+    if config.execution == "fused" and not can_fuse:
+        rule = "fused execution needs integer activations and a kernel that quantizes what a norm gives"
+        remedy = f"set execution=packed, or kernel to one of {', '.join((AUTO, *FUSING))}"
+        raise ConfigError(rule, value=f"scheme {config.scheme.name}, kernel={config.kernel}", remedy=remedy)
     base, active = config.method.compensation.base, active_modalities(config)
     if base not in active:
         remedy = f"use one of {', '.join(active)}"

@@ -27,8 +27,8 @@ _LARGER_TOWER = 0.512
 _ROUNDING_COPIES, _CORRECTION_COPIES = 2, 3
 # Square matrices by modality: second moment, eigenvectors, root, inverse root, and what the decomposition works on.
 _MOMENT_COPIES = 5
-# Float32 copies of a weight in the backward pass: smoothed, on its grid, its gradient, and three temporaries.
-_LEARNING_COPIES = 6
+# Float32 copies of a weight in the backward pass: smoothed, on its grid, its gradient, temporaries; more if asymmetric.
+_LEARNING_COPIES, _ASYMMETRIC_COPIES = 6, 9
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,7 @@ def _streamed(
     if isinstance(config.method.smoothing, LearnedSmoothing):
         tokens = config.calibration.batch_size * workload.sample_tokens
         rows = tokens * 4 * (4 * sizes.intermediate_size + 8 * sizes.hidden_size)
-        kept = max(modalities * codes, _LEARNING_COPIES * largest * 4)
+        symmetric = config.scheme.weight is None or config.scheme.weight.symmetric
+        kept = max(modalities * codes, (_LEARNING_COPIES if symmetric else _ASYMMETRIC_COPIES) * largest * 4)
         found["learning"] = base + kept + rows
     return found

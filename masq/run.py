@@ -154,6 +154,9 @@ def _fill(
         if config.execution != "simulated":
             with _timed(record, "pack"):
                 record.provenance |= deploy(adapter, config.kernel, fused=config.execution == "fused")
+            if record.provenance.get("fused") == 0:
+                kernels = ", ".join(record.provenance["kernels"])
+                record.warnings.append(f"execution=fused: nothing could be fused on kernel {kernels}")
     record.effective_bits = _stored_bits(adapter)
     if config.evaluation.score or config.evaluation.benchmarks:
         with _timed(record, "evaluate"):

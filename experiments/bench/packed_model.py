@@ -126,9 +126,10 @@ def packed_decoder(
 
 
 def fused_decoder(decoder: Any) -> Any:
-    """A packed decoder with norms and gates computed in the pass that quantizes what they feed."""
-    model = copy.deepcopy(decoder)
-    model.fused = fuse_blocks([LlamaBlock(layer, model.config) for layer in model.layers])
+    """A packed decoder, reading the same modalities, with norms and gates in the pass that quantizes what they feed."""
+    context = decoder.layers[0].mlp.down_proj.context
+    model = copy.deepcopy(decoder, {id(context): context})
+    assert fuse_blocks([LlamaBlock(layer, model.config) for layer in model.layers]) == 3 * len(model.layers)
     return model
 
 

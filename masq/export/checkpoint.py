@@ -77,7 +77,7 @@ from masq.export.assemble import blocks_of, family_of
 from masq.export.describe import describe, portion_state, stored_names
 from masq.export.description import Description
 from masq.export.shards import write_portions
-from masq.kernels import AUTO
+from masq.kernels import AUTO, FUSING
 from masq.models.base import GROUPS
 from masq.modules.fused import fuse_blocks
 from masq.modules.packed_linear import PackedLinear, tower_linears
@@ -165,7 +165,7 @@ def load(folder: Path | str, *, device: str = "cpu", kernel: str = AUTO, fused: 
         options: passed on to ``from_pretrained``.
 
     Raises:
-        ModelError: the checkpoint is damaged or not one of masq.
+        ModelError: the checkpoint is damaged or not one of masq, or nothing of it can be fused.
     """
     path = Path(folder)
     check(path)
@@ -177,8 +177,12 @@ def load(folder: Path | str, *, device: str = "cpu", kernel: str = AUTO, fused: 
         _checked.reset(token)
     set_kernel(model, kernel)
     model = model.to(device)
-    if fused:
-        fuse_blocks(blocks_of(model))
+    if fused and not fuse_blocks(blocks_of(model)):
+        raise ModelError(
+            "a model to be fused needs integer activations and a kernel that quantizes what a norm gives",
+            value=f"kernel={kernel}",
+            remedy=f"set fused=False, or kernel to one of {', '.join((AUTO, *FUSING))}",
+        )
     return model
 
 

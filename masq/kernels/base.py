@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from masq.errors import NumericalError
-
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import TypeAlias
@@ -236,7 +234,7 @@ class Kernel(ABC):
     ) -> tuple[QuantizedActivation, torch.Tensor | None]:
         """``quantize`` of rows under RMSNorm, which are not rounded to the dtype of ``x`` in between.
 
-        Values are float32, within ``(I + 32) 2^-24`` of exact ones.
+        Values are float32, within ``(I + 32) 2^-24`` of the largest of their row.
 
         Args:
             x: as for ``quantize``.
@@ -253,7 +251,7 @@ class Kernel(ABC):
     def quantize_gate(
         self, gate: torch.Tensor, up: torch.Tensor, activation: TensorFormat, smoothing: RowSmoothing | None
     ) -> QuantizedActivation:
-        """``quantize`` of SiLU(gate) * up in float32, within ``32 * 2^-24`` of exact values; nothing is rounded before.
+        """``quantize`` of SiLU(gate) * up, float32 within ``32 * 2^-24`` of the largest of a row, not rounded before.
 
         Args:
             gate: [N, I], of one dtype with ``up``; rows in one piece, any distance apart.
@@ -326,27 +324,3 @@ def places(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
     found = torch.full((num_rows,), -1, dtype=torch.int32, device=rows.device)
     found[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
     return found
-
-
-def check_rows(x: torch.Tensor, smoothing: RowSmoothing | None) -> None:
-    """Refuse what a kernel that reads memory by itself would misread.
-
-    Raises:
-        NumericalError: rows or factors of another dtype, shape or layout.
-    """
-    inverse, centre = (None, None) if smoothing is None else (smoothing.inverse, smoothing.centre)
-    wrong = x.dim() != 2 or not x.is_contiguous() or x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-    if inverse is not None:
-        wrong |= inverse.dtype != torch.float32 or inverse.shape[1:] != x.shape[1:] or not inverse.is_contiguous()
-    if centre is not None:
-        wrong |= centre.dtype != torch.bfloat16 or centre.shape[1:] != x.shape[1:] or not centre.is_contiguous()
-    if wrong:
-        raise NumericalError(
-            "rows must be a contiguous matrix in float32, bfloat16 or float16, with smoothing vectors of their length",
-            value=f"{x.dtype} {tuple(x.shape)}, smoothing {_shape(inverse)}, centres {_shape(centre)}",
-            remedy="call contiguous(), and pass float32 factors and bfloat16 centres",
-        )
-
-
-def _shape(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
-    return None if tensor is None else tuple(tensor.shape)

@@ -28,10 +28,10 @@ from masq.kernels.base import (
     RowAddend,
     RowBias,
     RowSmoothing,
-    check_rows,
     places,
 )
 from masq.kernels.build import BuildError, library
+from masq.kernels.checks import check_gate, check_norm, check_rows
 from masq.numerics.integer_gemm import MAX_INNER
 from masq.numerics.packing import NIBBLE_BITS, PackedWeight, pack_nibbles, unpack_nibbles
 
@@ -147,6 +147,7 @@ class CpuKernel(Kernel):
     ) -> tuple[QuantizedActivation, torch.Tensor | None]:
         """See ``Kernel.quantize_norm``."""
         check_rows(x, smoothing)
+        check_norm(x, norm, keep)
         kept = None if keep is None else torch.empty_like(x)
         given = norm.gamma.data_ptr(), _DTYPES[norm.gamma.dtype], norm.eps, _pointer(keep), _pointer(kept)
         made, rest = self._codes(x, activation, smoothing)
@@ -157,6 +158,7 @@ class CpuKernel(Kernel):
         self, gate: torch.Tensor, up: torch.Tensor, activation: TensorFormat, smoothing: RowSmoothing | None
     ) -> QuantizedActivation:
         """See ``Kernel.quantize_gate``."""
+        check_gate(gate, up)
         made, rest = self._codes(gate, activation, smoothing)
         given = gate.data_ptr(), up.data_ptr(), _DTYPES[gate.dtype], gate.stride(0), up.stride(0)
         _functions().masq_quantize_gate(*given, *rest)

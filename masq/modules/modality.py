@@ -18,7 +18,7 @@ import torch
 from masq.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import nn
     from torch.utils.hooks import RemovableHandle
@@ -95,6 +95,18 @@ class ModalityContext:
     def indices(self) -> torch.Tensor:
         """The current ids as int64 [B * T], padding (whose output is never read) as text."""
         return self._once("indices", lambda ids: ids.reshape(-1).clamp(min=0).long())
+
+    def any_of(self, modalities: Iterable[Modality]) -> torch.Tensor:
+        """Which of the current tokens are of one of these modalities, bool [B * T]."""
+        numbers = sorted(map(int, modalities))
+
+        def make(ids: torch.Tensor) -> torch.Tensor:
+            found = torch.zeros_like(ids, dtype=torch.bool)
+            for number in numbers:
+                found |= ids == number
+            return found.reshape(-1)
+
+        return self._once(f"any of {numbers}", make)
 
     def rows_of(self, modality: Modality) -> torch.Tensor:
         """Numbers of the current tokens of one modality in the flattened batch, int64 [n]."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from masq.errors import ModelError
 from masq.kernels import select
 from masq.kernels.base import (
     Bias,
@@ -55,7 +56,7 @@ class Stack:
         self._version: int | None = None
         self._outputs: dict[PackedLinear, torch.Tensor] = {}
         # Rows that a norm has quantized already, and the tensor that stands for them until they are asked for.
-        self._made: tuple[weakref.ref[torch.Tensor], QuantizedActivation] | None = None
+        self._made: tuple[weakref.ref[torch.Tensor], QuantizedActivation | None] | None = None
 
     @property
     def fuses(self) -> bool:
@@ -66,14 +67,14 @@ class Stack:
         """RMSNorm of ``x`` [B, T, I] in the pass that quantizes it, where ``fuses``.
 
         Returns:
-            What the members are to be called with in place of the normalized rows: it holds those that corrections
-            read, and nothing defined elsewhere.
+            What the members are to be called with, once, in place of the normalized rows: it holds those that
+            corrections read, and nothing defined elsewhere.
         """
         held, first = self._prepared or self.prepare(), self.members[0]
         assert first.activation is not None
         first.context.current(*leading(x))
         rows_ni = x.reshape(-1, first.in_features).contiguous()
-        keep = None if not held.left or first.context.text_only else first.context.indices > 0
+        keep = None if not held.left or first.context.text_only else first.context.any_of(held.left)
         smoothing = self._smoothing(first.context)
         activation, kept = held.kernel.quantize_norm(rows_ni, norm, first.activation, smoothing, keep)
         stand_in = (rows_ni.new_empty(rows_ni.shape) if kept is None else kept).view(x.shape)
@@ -81,12 +82,16 @@ class Stack:
         return stand_in
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Output [B, T, O] of the one member for SiLU(gate) * up, both [B, T, I], in the pass that quantizes them."""
+        """Output [B, T, O] of the one member for SiLU(gate) * up, both [B, T, I], in the pass that quantizes them.
+
+        Where ``fuses``; rows that corrections are to read are made as the model makes them.
+        """
         held, [member] = self._prepared or self.prepare(), self.members
         context = member.context
         context.current(*leading(gate))
-        if member.activation is None or not held.kernel.fuses or (held.left and not context.text_only):
+        if held.left and not context.text_only:
             return self._run(functional.silu(gate) * up)
+        assert member.activation is not None
         smoothing = self._smoothing(context)
         rows, other = gate.flatten(0, -2), up.flatten(0, -2)
         activation = held.kernel.quantize_gate(rows, other, member.activation, smoothing)
@@ -115,7 +120,13 @@ class Stack:
         rows_ni = x.reshape(-1, first.in_features).contiguous()
         smoothing, made = self._smoothing(first.context), self._made
         if made is not None and made[0]() is x:
-            activation, self._made = made[1], None
+            activation, self._made = made[1], (made[0], None)
+            if activation is None:
+                raise ModelError(
+                    "rows that a norm has quantized are read once, by the linears behind it",
+                    value=f"a second call with one tensor {list(x.shape)}",
+                    remedy="use execution=packed for a model whose linears are called again or otherwise",
+                )
         else:
             activation = held.kernel.quantize(rows_ni, first.activation, smoothing)
         return self._multiply(activation, rows_ni, smoothing, x.dtype).view(*x.shape[:-1], -1)

@@ -1,4 +1,4 @@
-"""Whether activations are finite, in one pass over memory."""
+"""Whether tensors are finite, without a copy of their size."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import torch
 def is_finite(x: torch.Tensor, rows: torch.Tensor | None = None) -> bool:
     """Whether no element is NaN or infinite.
 
-    A sum in float64 cannot overflow on 16- or 32-bit floats and keeps every NaN and infinity (one of each sign makes
-    NaN), and it is several times faster than a mask of the same size.
+    The largest and the smallest element of a row keep every NaN and infinity, and are several times faster to find than
+    a mask of the same size.
 
     Args:
-        x: [..., d] in 16 or 32 bits; float64 below 1e300.
+        x: [..., d], floating point.
         rows: bool [...], the rows that count, on any device; None for all.
     """
-    sums = x.sum(-1, dtype=torch.float64)
+    if x.shape[-1] == 0:
+        return True
+    ends = torch.stack((x.amax(-1), x.amin(-1)))
     if rows is not None:
-        sums = sums[rows.to(sums.device)]
-    return bool(torch.isfinite(sums).all())
+        ends = ends[:, rows.to(ends.device)]
+    return bool(torch.isfinite(ends).all())

@@ -74,7 +74,8 @@ class GroupInput:
 
     def smoothed(self, weight: torch.Tensor, modality: Modality) -> torch.Tensor:
         """What stands for a weight behind the smoothed and rotated input: W s_m R, float64 [O, I]."""
-        return self.turn(weight * self.factor(modality, weight))
+        # A product of two dtypes would make one copy of the weight more.
+        return self.turn(weight.to(torch.float64, copy=True).mul_(self.factor(modality, weight)))
 
     def centres(self, linear: torch.nn.Linear) -> Centres | None:
         """What is taken from the rows that arrive, which a folded factor has divided already; None for nothing."""

@@ -9,11 +9,12 @@ import torch
 from torch.nn import functional
 
 from masq import kernels
+from masq.errors import NumericalError
 from masq.kernels.base import Kernel, Norm, QuantizedActivation, RowSmoothing
 from masq.kernels.build import BuildError
 from masq.kernels.cpu import ISAS, CpuKernel, best_isa
 from masq.kernels.reference import ReferenceKernel
-from masq.numerics.affine import QuantizedTensor
+from masq.numerics.affine import QuantizedTensor, quantize
 from masq.numerics.packing import pack
 from masq.numerics.scheme import TensorFormat
 from tests.kernels import cases
@@ -104,6 +105,28 @@ def test_rows_of_silu_times_up(kernel, dtype, count, inner):
             check(kernel, made, applied(exact, given), fmt, worst * 32 * 2.0**-24)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_nothing_is_rounded_to_sixteen_bits_in_between(kernel, dtype):
+    """Codes are those of float32 rows but for a tie here and there; those of rounded rows are not."""
+    torch.manual_seed(0)
+    x, gamma, fmt = torch.randn(64, 576).to(dtype), (torch.rand(576) + 0.5).to(dtype), cases.per_token(8)
+    both = torch.randn(64, 1152).to(dtype)
+    gate, up = both.split(576, dim=1)
+    normed = functional.rms_norm(x.float(), (576,), gamma.float(), 1e-6)
+    for made, rows in (
+        (kernel.quantize_norm(x, Norm(gamma, 1e-6), fmt, None, None)[0], normed),
+        (kernel.quantize_gate(gate, up, fmt, None), functional.silu(gate.float()) * up.float()),
+    ):
+        codes = represented(kernel, made, 576) / made.scale
+        assert made.scale is not None
+
+        def share_of_others(given: torch.Tensor, codes: torch.Tensor = codes) -> float:
+            return float(((codes - quantize(given, fmt).codes).abs() > 0.5).float().mean())
+
+        assert share_of_others(rows) < 5e-4
+        assert share_of_others(rows.to(dtype).float()) > (2e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
 def test_every_exponential(kernel):
     """SiLU over a dense range, one value a row, against float64."""
     gate = torch.linspace(-90, 90, 4001)[:, None]
@@ -130,3 +153,19 @@ def test_those_that_fuse_say_so():
         other.quantize_norm(torch.ones(1, 4), Norm(torch.ones(4), 0.0), cases.per_token(8), None, None)
     with pytest.raises(NotImplementedError, match="kernel torch has no gate"):
         other.quantize_gate(torch.ones(1, 4), torch.ones(1, 4), cases.per_token(8), None)
+
+
+def test_rows_that_a_kernel_would_misread_are_refused():
+    try:
+        kernel = CpuKernel()
+        kernel.isa  # noqa: B018
+    except BuildError as error:
+        pytest.skip(str(error))
+    x, gamma, fmt = torch.ones(3, 8), torch.ones(8), cases.per_token(8)
+    bad = [gamma[:4], torch.ones(16)[::2], gamma.double()]
+    for norm, keep in [*((Norm(one, 0.0), None) for one in bad), (Norm(gamma, 0.0), torch.ones(2, dtype=torch.bool))]:
+        with pytest.raises(NumericalError, match="a norm must have a contiguous gamma"):
+            kernel.quantize_norm(x, norm, fmt, None, keep)
+    for gate, up in ((x, x.bfloat16()), (torch.ones(8, 3).t(), x), (x, torch.ones(3, 16)), (x.double(), x.double())):
+        with pytest.raises(NumericalError, match="gate and up must be matrices of one shape and dtype"):
+            kernel.quantize_gate(gate, up, fmt, None)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from masq import kernels
-from masq.errors import ConfigError
+from masq.errors import ConfigError, ModelError
 from masq.export import checkpoint
 from masq.finished import load_finished
 from masq.kernels.base import Kernel
@@ -19,7 +19,7 @@ from masq.kernels.build import BuildError
 from masq.kernels.cpu import best_isa
 from masq.models.base import ModelAdapter, Role
 from masq.models.zoo import nano
-from masq.modules.fused import fuse_blocks
+from masq.modules.fused import _is_rms_norm, fuse_blocks
 from masq.modules.packed_linear import PackedLinear
 from masq.numerics.scheme import Scheme
 from masq.run import run
@@ -46,6 +46,13 @@ def packed(splits, root: Path, kernel: str, method: str = "masquant", **changes:
     given = {"evaluation": evaluation, "execution": "packed", "kernel": kernel} | changes
     record = run(config(splits, root, method, **given))
     return load_finished(next(root.glob(f"*-{record.identity[:10]}")))
+
+
+class NearlySilu(torch.nn.Module):
+    """Another gate of its kind."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.05 * x)
 
 
 def logits(adapter: ModelAdapter, media: tuple[str, ...]) -> torch.Tensor:
@@ -106,8 +113,8 @@ def test_only_the_output_of_attention_is_quantized_by_itself(splits, tmp_path, k
         assert kept == [bool(media)] * NUM_BLOCKS * 2
 
 
-def test_sixteen_bits_are_not_rounded_to_in_between(splits, tmp_path, kernel):  # noqa: F811
-    """Both are near the float32 model with the same stored weights, the fused one no farther."""
+def test_a_model_in_sixteen_bits(splits, tmp_path, kernel):  # noqa: F811
+    """As near to the float32 model with the same stored weights; see ``test_fused_rows`` for what is not rounded."""
     found = {}
     for dtype in ("float32", "bfloat16"):
         model = config(splits, tmp_path, "rtn").model
@@ -117,7 +124,9 @@ def test_sixteen_bits_are_not_rounded_to_in_between(splits, tmp_path, kernel):  
         fuse_blocks(adapter.blocks())
         found[f"{dtype} fused"] = logits(adapter, MEDIA["all"]).float()
     plain, fused = (distance(found[name], found["float32"]) for name in ("bfloat16", "bfloat16 fused"))
-    assert fused < 1.05 * plain
+    assert distance(found["float32 fused"], found["float32"]) < 2e-3
+    assert distance(found["bfloat16 fused"], found["bfloat16"]) > 1e-3
+    assert fused < 1.1 * plain
 
 
 def test_what_stands_between_is_left_alone(splits, tmp_path):  # noqa: F811
@@ -139,6 +148,7 @@ def test_only_what_is_rmsnorm_and_silu(splits, tmp_path):  # noqa: F811
     adapter = packed(splits, tmp_path, "reference", "rtn")
     [first, second, third] = adapter.blocks()
     first.gated()[0].act_fn = torch.nn.GELU()
+    third.gated()[0].act_fn = NearlySilu()
 
     class Offset(type(second.norm("qkv"))):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -147,7 +157,7 @@ def test_only_what_is_rmsnorm_and_silu(splits, tmp_path):  # noqa: F811
     second.norm("qkv").__class__ = Offset
     third.norm("gate_up").register_parameter("bias", torch.nn.Parameter(torch.ones(len(third.norm("qkv").weight))))
     wanted = logits(adapter, MEDIA["all"])
-    assert [fuse_blocks([block]) for block in adapter.blocks()] == [2, 2, 2]
+    assert [fuse_blocks([block]) for block in adapter.blocks()] == [2, 2, 1]
     assert distance(logits(adapter, MEDIA["all"]), wanted) < 2e-3
 
 
@@ -162,6 +172,38 @@ def test_a_model_that_no_kernel_fuses_any_longer(splits, tmp_path, monkeypatch):
             module.kernel = "torch"
     monkeypatch.setattr(kernels.KERNELS.get("torch"), "quantize_norm", lambda *_: pytest.fail("asked to fuse"))
     assert distance(logits(adapter, MEDIA["all"]), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("width", [48, 256, 3584])
+def test_a_norm_that_takes_the_mean_away_is_another(width):
+    norm = torch.nn.LayerNorm(width, bias=False)
+    assert not _is_rms_norm(norm, norm.eps)
+    assert _is_rms_norm(torch.nn.RMSNorm(width, eps=1e-6).bfloat16(), 1e-6)
+
+
+def test_rows_of_a_norm_are_read_once(splits, tmp_path, kernel):  # noqa: F811
+    adapter = packed(splits, tmp_path, kernel, "rtn")
+    block = adapter.blocks()[0]
+    fuse_blocks([block])
+    query: Any = block.linear(Role.QUERY)
+    query.context.set(torch.zeros(1, 5, dtype=torch.int8))
+    x = torch.randn(1, 5, query.in_features)
+    rows = block.norm("qkv")(x)
+    wanted = query(torch.nn.functional.rms_norm(x, x.shape[-1:], block.norm("qkv").weight, 1e-6))
+    rows = block.norm("qkv")(x)
+    assert distance(query(rows), wanted) < 1e-2
+    with pytest.raises(ModelError, match="rows that a norm has quantized are read once"):
+        query(rows)
+
+
+def test_where_nothing_can_be_fused_the_record_says_so(splits, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("masq.modules.stack.select", lambda *_: kernels.KERNELS.get("torch")())
+    record = run(config(splits, tmp_path, "rtn", execution="fused"))
+    assert "execution=fused: nothing could be fused on kernel torch" in record.warnings
+    adapter = load_finished(next(tmp_path.glob(f"*-{record.identity[:10]}")))
+    checkpoint.save(adapter, tmp_path / "out", {})
+    with pytest.raises(ModelError, match="a model to be fused needs integer activations and a kernel"):
+        checkpoint.load(tmp_path / "out", fused=True)
 
 
 def test_copies_are_independent(splits, tmp_path):  # noqa: F811
@@ -206,7 +248,10 @@ def test_a_checkpoint(splits, tmp_path):  # noqa: F811
 
 
 def test_kernels_without_it_are_refused(splits, tmp_path):  # noqa: F811
-    with pytest.raises(ConfigError, match="fused execution needs a kernel that quantizes what a norm gives"):
+    with pytest.raises(ConfigError, match="fused execution needs integer activations and a kernel"):
         config(splits, tmp_path, "rtn", execution="fused", kernel="torch")
+    floats = config(splits, tmp_path), replace(Scheme.preset("w4a8"), name="w4", activation=None)
+    with pytest.raises(ConfigError, match="fused execution needs integer activations and a kernel"):
+        replace(floats[0], scheme=floats[1], execution="fused")
     with pytest.raises(ConfigError, match="fused execution has one weight for all modalities"):
         config(splits, tmp_path, "mas", execution="fused")

@@ -19,9 +19,9 @@ from masq.kernels.base import (
     RowAddend,
     RowBias,
     RowSmoothing,
-    check_rows,
 )
 from masq.kernels.build import BuildError
+from masq.kernels.checks import check_rows
 from masq.kernels.cuda import build, launch
 from masq.kernels.cuda.tiles import LINE
 from masq.kernels.triton import layout

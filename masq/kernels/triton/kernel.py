@@ -19,9 +19,9 @@ from masq.kernels.base import (
     RowAddend,
     RowBias,
     RowSmoothing,
-    check_rows,
     places,
 )
+from masq.kernels.checks import check_gate, check_norm, check_rows
 from masq.kernels.triton import layout
 from masq.kernels.triton.tiles import OLDEST
 from masq.numerics.packing import NIBBLE_BITS
@@ -98,6 +98,7 @@ class TritonKernel(Kernel):
         from masq.kernels.triton import fused
 
         check_rows(x, smoothing)
+        check_norm(x, norm, keep)
         made = fused.normalize(x, norm.gamma, norm.eps, activation, smoothing, keep=keep)
         return made.activation, made.normalized
 
@@ -107,6 +108,7 @@ class TritonKernel(Kernel):
         """See ``Kernel.quantize_gate``."""
         from masq.kernels.triton import fused
 
+        check_gate(gate, up)
         return fused.silu_times_up(gate, up, activation, smoothing)
 
     def prepare_factors(

@@ -1,0 +1,71 @@
+"""What kernels that read memory by themselves would misread, refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from masq.errors import NumericalError
+
+if TYPE_CHECKING:
+    from masq.kernels.base import Norm, RowSmoothing
+
+_ROW_DTYPES = torch.float32, torch.bfloat16, torch.float16
+
+
+def check_rows(x: torch.Tensor, smoothing: RowSmoothing | None) -> None:
+    """Refuse what a kernel that reads memory by itself would misread.
+
+    Raises:
+        NumericalError: rows or factors of another dtype, shape or layout.
+    """
+    inverse, centre = (None, None) if smoothing is None else (smoothing.inverse, smoothing.centre)
+    wrong = x.dim() != 2 or not x.is_contiguous() or x.dtype not in _ROW_DTYPES
+    if inverse is not None:
+        wrong |= inverse.dtype != torch.float32 or inverse.shape[1:] != x.shape[1:] or not inverse.is_contiguous()
+    if centre is not None:
+        wrong |= centre.dtype != torch.bfloat16 or centre.shape[1:] != x.shape[1:] or not centre.is_contiguous()
+    if wrong:
+        raise NumericalError(
+            "rows must be a contiguous matrix in float32, bfloat16 or float16, with smoothing vectors of their length",
+            value=f"{x.dtype} {tuple(x.shape)}, smoothing {_shape(inverse)}, centres {_shape(centre)}",
+            remedy="call contiguous(), and pass float32 factors and bfloat16 centres",
+        )
+
+
+def check_norm(x: torch.Tensor, norm: Norm, keep: torch.Tensor | None) -> None:
+    """Refuse a norm of other rows than these.
+
+    Raises:
+        NumericalError: gamma or the rows to keep of another dtype, shape or layout.
+    """
+    gamma = norm.gamma
+    wrong = gamma.shape != x.shape[1:] or not gamma.is_contiguous() or gamma.dtype not in _ROW_DTYPES
+    if keep is not None:
+        wrong |= keep.dtype != torch.bool or keep.shape != x.shape[:1] or not keep.is_contiguous()
+    if wrong:
+        raise NumericalError(
+            "a norm must have a contiguous gamma of the rows' length, and a bool for every row to keep",
+            value=f"rows {tuple(x.shape)}, gamma {gamma.dtype} {_shape(gamma)}, keep {_shape(keep)}",
+            remedy="pass the weight of an RMSNorm, in float32, bfloat16 or float16",
+        )
+
+
+def check_gate(gate: torch.Tensor, up: torch.Tensor) -> None:
+    """Refuse two matrices that are not alike, or whose rows are not in one piece.
+
+    Raises:
+        NumericalError: they are.
+    """
+    alike = gate.dim() == 2 and (gate.shape, gate.dtype) == (up.shape, up.dtype) and gate.dtype in _ROW_DTYPES
+    if not alike or (gate.shape[1] > 1 and (gate.stride(1), up.stride(1)) != (1, 1)):
+        raise NumericalError(
+            "gate and up must be matrices of one shape and dtype, their rows in one piece",
+            value=f"{gate.dtype} {_shape(gate)} of strides {gate.stride()}, {up.dtype} {_shape(up)} of {up.stride()}",
+            remedy="call contiguous(), and bring both to one dtype",
+        )
+
+
+def _shape(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
