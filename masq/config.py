@@ -286,11 +286,8 @@ def _check_execution(config: RunConfig) -> None:
     if config.kernel not in (AUTO, *KERNELS.names()):
         raise unknown_name("kernel", config.kernel, [AUTO, *KERNELS.names()])
     if config.execution == "simulated" and config.kernel != AUTO:
-        raise ConfigError(
-            "a kernel runs packed weights",
-            value=f"kernel={config.kernel}, execution=simulated",
-            remedy=f"set execution=packed, or kernel={AUTO}",
-        )
+        value = f"kernel={config.kernel}, execution=simulated"
+        raise ConfigError("a kernel runs packed weights", value=value, remedy=f"set execution=packed, or kernel={AUTO}")
     can_fuse = config.scheme.activation is not None and config.kernel in (AUTO, *FUSING)
     if config.execution == "fused" and not can_fuse:
         rule = "fused execution needs integer activations and a kernel that quantizes what a norm gives"
@@ -301,11 +298,9 @@ def _check_execution(config: RunConfig) -> None:
         remedy = f"use one of {', '.join(active)}"
         raise ConfigError("the base of corrections must be a modality of the run", value=base, remedy=remedy)
     if config.execution != "simulated" and (config.method.stores_weight_per_modality or base != "text"):
-        raise ConfigError(
-            f"{config.execution} execution has one weight for all modalities, and corrects no text",
-            value=f"method {config.method.name}, method.compensation.base={base}",
-            remedy="use execution=simulated, or a method with rounding.per_modality=false and compensation.base=text",
-        )
+        rule = f"{config.execution} execution has one weight for all modalities, and corrects no text"
+        remedy = "use execution=simulated, or a method with rounding.per_modality=false and compensation.base=text"
+        raise ConfigError(rule, value=f"method {config.method.name}, method.compensation.base={base}", remedy=remedy)
 
 
 def _check_formats(config: RunConfig) -> None:
