@@ -146,9 +146,13 @@ def test_rows(capability, num_rows):
         ops.low_rank_down(hidden, vectors, inverse, vectors, torch.empty(INNER, RANK, dtype=torch.bfloat16))
         for rows, factors in ((hidden, inverse), (wide, torch.empty(3, 18944))):
             ops.smooth_quantize(rows, factors, vectors, 7, 8.75, factors.bfloat16(), vectors)
+        centre, given = torch.empty(3, 18944, dtype=torch.bfloat16), (torch.empty(3, 18944), vectors, 127, 127.0)
+        kept = inverse, vectors, keep, 127, 127.0, inverse.bfloat16(), vectors
+        ops.norm_smooth_quantize(hidden, None, hidden[0], 1e-6, *kept)
+        ops.silu_mul_smooth_quantize(wide, wide, *given, centre, vectors)
     found = [Compiled.of(kernel) for kernel in made]
     names = ["quantize_rows", "quantize_wide_rows"]
-    assert [one.name for one in found] == [*names * 2, "project", *names]
+    assert [one.name for one in found] == [*names * 2, "project", *names * 2]
     for compiled in found:
         check_limits(compiled, capability)
     # Division by the scale is exact, as that of the reference.
