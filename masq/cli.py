@@ -44,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, 1 when a run failed, 2 for what the user can correct, 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Read by torch when it first allocates: tensors of megabytes on huge pages, whose faults would else take a fifth of
-    # the time of learning at 3B.
+    # Read by torch when it first allocates: tensors of megabytes lie on huge pages, of which there are few to fault in.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         command, options = _parse(arguments)

@@ -175,10 +175,12 @@ class Norm:
     Attributes:
         gamma: [I], float32 or bfloat16 or float16, contiguous.
         eps: added to the mean of squares.
+        keep: bool [N], the rows whose normalized values are wanted as well, None for none.
     """
 
     gamma: torch.Tensor
     eps: float
+    keep: torch.Tensor | None = None
 
 
 Bias: TypeAlias = "torch.Tensor | RowBias | None"
@@ -225,12 +227,7 @@ class Kernel(ABC):
         """
 
     def quantize_norm(
-        self,
-        x: torch.Tensor,
-        norm: Norm,
-        activation: TensorFormat,
-        smoothing: RowSmoothing | None,
-        keep: torch.Tensor | None,
+        self, x: torch.Tensor, norm: Norm, activation: TensorFormat, smoothing: RowSmoothing | None
     ) -> tuple[QuantizedActivation, torch.Tensor | None]:
         """``quantize`` of rows under RMSNorm, which are not rounded to the dtype of ``x`` in between.
 
@@ -238,10 +235,9 @@ class Kernel(ABC):
 
         Args:
             x: as for ``quantize``.
-            norm: gamma [I] and epsilon.
+            norm: gamma and epsilon, and the rows whose normalized values are wanted.
             activation: symmetric, per token.
             smoothing: of the normalized rows.
-            keep: bool [N], the rows whose normalized values are wanted, None for none.
 
         Returns:
             The codes, and normalized rows [N, I] in the dtype of ``x``, undefined where not wanted; None for none.

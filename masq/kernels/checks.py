@@ -34,13 +34,13 @@ def check_rows(x: torch.Tensor, smoothing: RowSmoothing | None) -> None:
         )
 
 
-def check_norm(x: torch.Tensor, norm: Norm, keep: torch.Tensor | None) -> None:
+def check_norm(x: torch.Tensor, norm: Norm) -> None:
     """Refuse a norm of other rows than these.
 
     Raises:
         NumericalError: gamma or the rows to keep of another dtype, shape or layout.
     """
-    gamma = norm.gamma
+    gamma, keep = norm.gamma, norm.keep
     wrong = gamma.shape != x.shape[1:] or not gamma.is_contiguous() or gamma.dtype not in _ROW_DTYPES
     if keep is not None:
         wrong |= keep.dtype != torch.bool or keep.shape != x.shape[:1] or not keep.is_contiguous()

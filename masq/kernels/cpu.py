@@ -138,18 +138,13 @@ class CpuKernel(Kernel):
         return made
 
     def quantize_norm(
-        self,
-        x: torch.Tensor,
-        norm: Norm,
-        activation: TensorFormat,
-        smoothing: RowSmoothing | None,
-        keep: torch.Tensor | None,
+        self, x: torch.Tensor, norm: Norm, activation: TensorFormat, smoothing: RowSmoothing | None
     ) -> tuple[QuantizedActivation, torch.Tensor | None]:
         """See ``Kernel.quantize_norm``."""
         check_rows(x, smoothing)
-        check_norm(x, norm, keep)
-        kept = None if keep is None else torch.empty_like(x)
-        given = norm.gamma.data_ptr(), _DTYPES[norm.gamma.dtype], norm.eps, _pointer(keep), _pointer(kept)
+        check_norm(x, norm)
+        kept = None if norm.keep is None else torch.empty_like(x)
+        given = norm.gamma.data_ptr(), _DTYPES[norm.gamma.dtype], norm.eps, _pointer(norm.keep), _pointer(kept)
         made, rest = self._codes(x, activation, smoothing)
         _functions().masq_quantize_norm(x.data_ptr(), _DTYPES[x.dtype], *given, *rest)
         return made, kept

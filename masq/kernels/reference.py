@@ -83,16 +83,11 @@ class ReferenceKernel(Kernel):
         return QuantizedActivation(quantized.codes, quantized.scale, len(rows))
 
     def quantize_norm(
-        self,
-        x: torch.Tensor,
-        norm: Norm,
-        activation: TensorFormat,
-        smoothing: RowSmoothing | None,
-        keep: torch.Tensor | None,
+        self, x: torch.Tensor, norm: Norm, activation: TensorFormat, smoothing: RowSmoothing | None
     ) -> tuple[QuantizedActivation, torch.Tensor | None]:
         """See ``Kernel.quantize_norm``; every row is kept where some are."""
         rows = functional.rms_norm(x.float(), x.shape[1:], norm.gamma.float(), norm.eps)
-        return self.quantize(rows, activation, smoothing), None if keep is None else rows.to(x.dtype)
+        return self.quantize(rows, activation, smoothing), None if norm.keep is None else rows.to(x.dtype)
 
     def quantize_gate(
         self, gate: torch.Tensor, up: torch.Tensor, activation: TensorFormat, smoothing: RowSmoothing | None

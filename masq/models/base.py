@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from masq.errors import ModelError, memory_errors_of
+from masq.models.batch import EncodedBatch as EncodedBatch
 from masq.models.residence import Residence, cover
 from masq.models.sample import Modality as Modality
 from masq.models.sample import Sample as Sample
@@ -47,29 +47,6 @@ class Role(StrEnum):
 
 GROUPS: dict[str, tuple[Role, ...]] = {group: tuple(map(Role, roles)) for group, roles in GROUP_ROLES.items()}
 """Linears that read the same input, by group name, in the order in which a block computes them."""
-
-
-@dataclass
-class EncodedBatch:
-    """Samples as a model takes them, left-padded.
-
-    Attributes:
-        inputs: keyword arguments of the model's forward pass.
-        modality: int8 [B, T], -1 where padded.
-        answer_mask: bool [B, T], the tokens whose likelihood is scored.
-    """
-
-    inputs: dict[str, torch.Tensor]
-    modality: torch.Tensor
-    answer_mask: torch.Tensor
-
-    def to(self, device: torch.device | str) -> EncodedBatch:
-        """The same batch on ``device``."""
-        return EncodedBatch(
-            {name: value.to(device) for name, value in self.inputs.items()},
-            self.modality.to(device),
-            self.answer_mask.to(device),
-        )
 
 
 class BlockAdapter(ABC):
@@ -108,10 +85,6 @@ class BlockAdapter(ABC):
         Raises:
             ModelError: ``group`` is not a key of ``GROUPS``.
         """
-
-    @abstractmethod
-    def is_direct(self, role: Role) -> bool:
-        """Whether the linear ``role`` reads what the block hands it: no rotation at run time stands before it."""
 
     @abstractmethod
     def gated(self) -> tuple[nn.Module, nn.Module] | None:
@@ -189,6 +162,7 @@ class ModelAdapter(ABC):
         They are the largest modules beside ``parts``, and come and go as wholes where weights are streamed.
         """
         if self._towers is None:
+            # Asked once, while they have parameters.
             parts = set(self.parts())
             names = {module: name for name, module in self.model.named_modules()}
             self._towers = {names[module]: module for module in cover(self.model, list(parts)) if module not in parts}

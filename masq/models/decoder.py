@@ -67,11 +67,6 @@ class LlamaBlock(BlockAdapter):
             raise ModelError("the group of linears must be known", value=group, remedy=f"one of {', '.join(GROUPS)}")
         return getattr(self._layer, _NORMS[group]) if group in _NORMS else None
 
-    def is_direct(self, role: Role) -> bool:
-        """See ``BlockAdapter.is_direct``."""
-        parent, name = _PLACES[Role(role)]
-        return not isinstance(getattr(getattr(self._layer, parent), name), RotatedInput)
-
     def gated(self) -> tuple[nn.Module, nn.Module] | None:
         """See ``BlockAdapter.gated``."""
         return self._layer.mlp, self._layer.mlp.act_fn

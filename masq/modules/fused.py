@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from masq.kernels.base import Norm
 from masq.models.base import GROUPS, Role
+from masq.models.rotated import RotatedInput
 from masq.modules.packed_linear import PackedLinear, pack_model
 
 if TYPE_CHECKING:
@@ -100,8 +101,9 @@ def _fuse(block: BlockAdapter) -> int:
 
 def _layers(block: BlockAdapter, roles: Iterable[Role]) -> list[PackedLinear]:
     """The packed linears of these roles, none unless all run as one on a kernel with such a pass."""
-    found = [block.linear(role) for role in roles if block.is_direct(role)]
-    layers = [one for one in found if isinstance(one, PackedLinear)]
+    rotated = {one.linear for one in block.module.modules() if isinstance(one, RotatedInput)}
+    found = [block.linear(role) for role in roles]
+    layers = [one for one in found if isinstance(one, PackedLinear) and one not in rotated]
     stack = _joint(layers) if len(layers) == len(tuple(roles)) else None
     return layers if stack is not None and stack.fuses else []
 

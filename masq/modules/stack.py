@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, N = B*T rows, I input channels, O output channels of 
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,7 +65,7 @@ class Stack:
         return self.members[0].activation is not None and (self._prepared or self.prepare()).kernel.fuses
 
     def normalized(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        """RMSNorm of ``x`` [B, T, I] in the pass that quantizes it, where ``fuses``.
+        """RMSNorm of ``x`` [B, T, I] in the pass that quantizes it, where ``fuses``; which rows to keep is known here.
 
         Returns:
             What the members are to be called with, once, in place of the normalized rows: it holds those that
@@ -76,7 +77,7 @@ class Stack:
         rows_ni = x.reshape(-1, first.in_features).contiguous()
         keep = None if not held.left or first.context.text_only else first.context.any_of(held.left)
         smoothing = self._smoothing(first.context)
-        activation, kept = held.kernel.quantize_norm(rows_ni, norm, first.activation, smoothing, keep)
+        activation, kept = held.kernel.quantize_norm(rows_ni, replace(norm, keep=keep), first.activation, smoothing)
         stand_in = (rows_ni.new_empty(rows_ni.shape) if kept is None else kept).view(x.shape)
         self._made = weakref.ref(stand_in), activation
         return stand_in

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
@@ -13,8 +15,35 @@ from masq.modules.modality import ModalityContext
 from masq.modules.packed_linear import PackedLinear
 from masq.modules.quant_linear import QuantLinear
 from masq.numerics.affine import quantize
-from masq.numerics.low_rank import store
+from masq.numerics.low_rank import Factors, store
 from masq.numerics.scheme import TensorFormat
+
+
+def layer(
+    inner: int,
+    out: int,
+    ranks: Mapping[Modality, int],
+    activation: TensorFormat,
+    context: ModalityContext,
+    generator: torch.Generator,
+    stored: torch.dtype = torch.bfloat16,
+) -> QuantLinear:
+    """A random layer in bfloat16 with a bias, smoothing by modality, and corrections of these ranks."""
+    weight = quantize(torch.randn(out, inner, generator=generator), TensorFormat(4))
+
+    def factors(rank: int) -> Factors:
+        left, right = (torch.randn(*shape, generator=generator) / 9 for shape in ((inner, rank), (rank, out)))
+        return store(left, right, stored)
+
+    return QuantLinear(
+        weights={Modality.TEXT: weight},
+        bias=torch.randn(out, generator=generator),
+        activation=activation,
+        smoothing={m: torch.full((inner,), 1.5) ** int(m) for m in Modality if m >= 0},
+        corrections={modality: factors(rank) for modality, rank in ranks.items()} or None,
+        context=context,
+        dtype=torch.bfloat16,
+    )
 
 
 def check_layers_that_share_an_input(
@@ -32,25 +61,12 @@ def check_layers_that_share_an_input(
     if device == "cpu":
         monkeypatch.setattr(modules, "select", lambda *_: kernel)
     context, generator = ModalityContext(), torch.Generator().manual_seed(0)
-    layers = []
-
-    def factors(out, rank):
-        shapes = (130, rank), (rank, out)
-        left, right = (torch.randn(*shape, generator=generator) / 9 for shape in shapes)
-        return store(left, right, torch.int8 if coded else torch.bfloat16)
-
-    for out, rank in ((64, 40), (32, 0), (17, 3)):
-        weight = quantize(torch.randn(out, 130, generator=generator), TensorFormat(4))
-        layer = QuantLinear(
-            weights={Modality.TEXT: weight},
-            bias=torch.randn(out, generator=generator),
-            activation=activation,
-            smoothing={m: torch.full((130,), 1.5) ** int(m) for m in Modality if m >= 0},
-            corrections={m: factors(out, rank) for m in (Modality.VISION, Modality.AUDIO)} if rank else None,
-            context=context,
-            dtype=torch.bfloat16,
-        )
-        layers.append(layer)
+    corrected, stored = (Modality.VISION, Modality.AUDIO), torch.int8 if coded else torch.bfloat16
+    sizes = (64, 40), (32, 0), (17, 3)
+    layers = [
+        layer(130, out, {m: rank for m in corrected if rank}, activation, context, generator, stored)
+        for out, rank in sizes
+    ]
     for ids in (torch.tensor([[-1, 0, 1, 1, 0, 2, 0] * 3]), torch.tensor([[0]]), torch.tensor([[2]])):
         x = torch.randn(*ids.shape, 130, generator=generator).bfloat16()
         found = []
@@ -85,19 +101,8 @@ def check_layers_behind_a_norm_and_a_gate(
     context, generator = ModalityContext(), torch.Generator().manual_seed(0)
     gamma = torch.rand(130, generator=generator).bfloat16()
 
-    def layer(inner: int, out: int, rank: int) -> QuantLinear:
-        factors = (torch.randn(*shape, generator=generator) / 9 for shape in ((inner, rank), (rank, out)))
-        return QuantLinear(
-            weights={Modality.TEXT: quantize(torch.randn(out, inner, generator=generator), TensorFormat(4))},
-            bias=torch.randn(out, generator=generator),
-            activation=activation,
-            smoothing={m: torch.full((inner,), 1.5) ** int(m) for m in Modality if m >= 0},
-            corrections={Modality.VISION: store(*factors, torch.bfloat16)} if rank else None,
-            context=context,
-            dtype=torch.bfloat16,
-        )
-
-    layers = [layer(130, 48, 17), layer(130, 48, 3), layer(48, 33, 0)]
+    vision, made = Modality.VISION, (activation, context, generator)
+    layers = [layer(130, 48, {vision: 17}, *made), layer(130, 48, {vision: 3}, *made), layer(48, 33, {}, *made)]
     for ids in (torch.tensor([[-1, 0, 1, 1, 0, 2, 0] * 3]), torch.tensor([[0]]), torch.tensor([[1]])):
         x = torch.randn(*ids.shape, 130, generator=generator).bfloat16()
         found = []

@@ -76,14 +76,14 @@ def test_rows_under_the_norm(kernel, dtype, count, inner):
     exact = functional.rms_norm(x.double(), (inner,), gamma.double(), 1e-6)
     for fmt in (cases.per_token(8), replace(cases.per_token(4), clip=0.8)):
         for given in smoothings(count, inner):
-            made, kept = kernel.quantize_norm(x, Norm(gamma, 1e-6), fmt, given, keep)
+            made, kept = kernel.quantize_norm(x, Norm(gamma, 1e-6, keep), fmt, given)
             wanted = applied(exact, given)
             # A centre of a size like the rows' own may leave a small rest of two large numbers.
             worst = 1.0 if given is None or given.centre is None or not count else 8.0
             check(kernel, made, wanted, fmt, worst * slack)
             assert kept.dtype == dtype
             assert ((kept.double() - exact).abs() <= (UNITS[dtype] + slack) * exact.abs() + 2.0**-25)[keep].all()
-    made, kept = kernel.quantize_norm(x, Norm(gamma, 1e-6), cases.per_token(8), None, None)
+    made, kept = kernel.quantize_norm(x, Norm(gamma, 1e-6), cases.per_token(8), None)
     assert kept is None
     check(kernel, made, exact, cases.per_token(8), slack)
 
@@ -114,7 +114,7 @@ def test_nothing_is_rounded_to_sixteen_bits_in_between(kernel, dtype):
     gate, up = both.split(576, dim=1)
     normed = functional.rms_norm(x.float(), (576,), gamma.float(), 1e-6)
     for made, rows in (
-        (kernel.quantize_norm(x, Norm(gamma, 1e-6), fmt, None, None)[0], normed),
+        (kernel.quantize_norm(x, Norm(gamma, 1e-6), fmt, None)[0], normed),
         (kernel.quantize_gate(gate, up, fmt, None), functional.silu(gate.float()) * up.float()),
     ):
         codes = represented(kernel, made, 576) / made.scale
@@ -139,7 +139,7 @@ def test_every_exponential(kernel):
 def test_numbers_that_are_none_stay_so(kernel):
     x, gamma = torch.randn(4, 70), torch.ones(70)
     x[1, 3], x[2, 69] = float("nan"), float("inf")
-    made = [kernel.quantize_norm(x, Norm(gamma, 1e-6), cases.per_token(8), None, None)[0]]
+    made = [kernel.quantize_norm(x, Norm(gamma, 1e-6), cases.per_token(8), None)[0]]
     made.append(kernel.quantize_gate(x, torch.ones(4, 70), cases.per_token(8), None))
     for one in made:
         assert one.scale.isfinite().flatten().tolist() == [True, False, False, True]
@@ -150,7 +150,7 @@ def test_those_that_fuse_say_so():
     assert found == set(kernels.FUSING)
     other = kernels.KERNELS.get("torch")()
     with pytest.raises(NotImplementedError, match="kernel torch has no norm"):
-        other.quantize_norm(torch.ones(1, 4), Norm(torch.ones(4), 0.0), cases.per_token(8), None, None)
+        other.quantize_norm(torch.ones(1, 4), Norm(torch.ones(4), 0.0), cases.per_token(8), None)
     with pytest.raises(NotImplementedError, match="kernel torch has no gate"):
         other.quantize_gate(torch.ones(1, 4), torch.ones(1, 4), cases.per_token(8), None)
 
@@ -163,9 +163,9 @@ def test_rows_that_a_kernel_would_misread_are_refused():
         pytest.skip(str(error))
     x, gamma, fmt = torch.ones(3, 8), torch.ones(8), cases.per_token(8)
     bad = [gamma[:4], torch.ones(16)[::2], gamma.double()]
-    for norm, keep in [*((Norm(one, 0.0), None) for one in bad), (Norm(gamma, 0.0), torch.ones(2, dtype=torch.bool))]:
+    for norm in (*(Norm(one, 0.0) for one in bad), Norm(gamma, 0.0, torch.ones(2, dtype=torch.bool))):
         with pytest.raises(NumericalError, match="a norm must have a contiguous gamma"):
-            kernel.quantize_norm(x, norm, fmt, None, keep)
+            kernel.quantize_norm(x, norm, fmt, None)
     for gate, up in ((x, x.bfloat16()), (torch.ones(8, 3).t(), x), (x, torch.ones(3, 16)), (x.double(), x.double())):
         with pytest.raises(NumericalError, match="gate and up must be matrices of one shape and dtype"):
             kernel.quantize_gate(gate, up, fmt, None)

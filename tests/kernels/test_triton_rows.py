@@ -125,7 +125,7 @@ def test_rows_under_the_norm(triton_device, dtype, residual):
         centred = cases.centring(count, inner, smooth)
         made, none = KERNEL.quantize_norm(
             *((total if residual else x).to(triton_device), Norm(gamma.to(triton_device), 1e-6)),
-            *(ACTIVATION, moved(centred, triton_device), None),
+            *(ACTIVATION, moved(centred, triton_device)),
         )
         assert none is None
         rows = (exact - centred.centre[centred.centre_rows].double()) * inverse

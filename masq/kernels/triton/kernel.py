@@ -87,19 +87,14 @@ class TritonKernel(Kernel):
         return QuantizedActivation(codes, scale, len(x))
 
     def quantize_norm(
-        self,
-        x: torch.Tensor,
-        norm: Norm,
-        activation: TensorFormat,
-        smoothing: RowSmoothing | None,
-        keep: torch.Tensor | None,
+        self, x: torch.Tensor, norm: Norm, activation: TensorFormat, smoothing: RowSmoothing | None
     ) -> tuple[QuantizedActivation, torch.Tensor | None]:
         """See ``Kernel.quantize_norm``."""
         from masq.kernels.triton import fused
 
         check_rows(x, smoothing)
-        check_norm(x, norm, keep)
-        made = fused.normalize(x, norm.gamma, norm.eps, activation, smoothing, keep=keep)
+        check_norm(x, norm)
+        made = fused.normalize(x, norm.gamma, norm.eps, activation, smoothing, keep=norm.keep)
         return made.activation, made.normalized
 
     def quantize_gate(
