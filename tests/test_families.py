@@ -94,7 +94,7 @@ def test_streamed_weights_give_the_same_bits(splits: dict[str, Path], tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("name", "weights"), [*((name, "resident") for name in nano.FURTHER), ("nano_qwen3_vl", "streamed")]
+    ("name", "weights"), [*((name, "resident") for name in ("nano_vl", *nano.FURTHER)), ("nano_qwen3_vl", "streamed")]
 )
 def test_norms_and_gates_fused(splits: dict[str, Path], tmp_path: Path, name: str, weights: str) -> None:
     """Every family's blocks are of a kind that can be, and their numbers move by rounding alone."""
