@@ -23,7 +23,7 @@ from torch.nn import functional
 from experiments.bench.interleaved import interleave
 from experiments.bench.linears import SHAPES
 from masq.files import atomic_write_bytes, atomic_write_json
-from masq.kernels.base import LowRank, RowSmoothing
+from masq.kernels.base import LowRank, PreparedWeight, RowSmoothing, Selection
 from masq.kernels.reference import ReferenceKernel
 from masq.kernels.triton.kernel import TritonKernel
 from masq.numerics.affine import quantize
@@ -58,7 +58,7 @@ class Case:
         self.dense = [self.weight.clone() for _ in range(self.copies)]
         modality = (torch.arange(num_rows, device="cuda") * 3 >= num_rows).long()
         self.smoothing = RowSmoothing(torch.rand(2, in_features, device="cuda") + 0.5, modality)
-        self.rows = modality.nonzero().flatten()
+        self.corrected = Selection.of(modality.nonzero().flatten(), num_rows)
 
 
 def scheme_calls(case: Case, name: str) -> Calls:
@@ -71,9 +71,8 @@ def scheme_calls(case: Case, name: str) -> Calls:
     ready = kernel.quantize(case.x, scheme.activation, case.smoothing)
     plain: dict[str, Any] = {"bias": None, "addend": None, "dtype": torch.bfloat16}
 
-    def full(at: int, low_rank: tuple[LowRank, ...] = ()) -> torch.Tensor:
-        quantized = kernel.quantize(case.x, scheme.activation, case.smoothing)
-        return kernel.gemm(quantized, held[at], **plain, low_rank=low_rank)
+    def full(at: int) -> torch.Tensor:
+        return kernel.gemm(kernel.quantize(case.x, scheme.activation, case.smoothing), held[at], **plain)
 
     reference, few = ReferenceKernel(), min(case.num_rows, CHECKED_ROWS)
     assert case.smoothing.rows is not None
@@ -85,13 +84,13 @@ def scheme_calls(case: Case, name: str) -> Calls:
         error = (found.float() - wanted.float()).norm() / wanted.float().norm()
         raise AssertionError((name, case.num_rows, case.sizes, float(error)))
     calls: Calls = {f"{name}, gemm": lambda at: kernel.gemm(ready, held[at], **plain), f"{name}, full": full}
-    for ratio in RANK_RATIOS if len(case.rows) >= CHECKED_ROWS else ():
-        calls[f"{name}, rank ratio {ratio}"] = _corrected(case, kernel, scheme, ratio, full)
+    for ratio in RANK_RATIOS if len(case.corrected) >= CHECKED_ROWS else ():
+        calls[f"{name}, rank ratio {ratio}"] = _corrected(case, kernel, scheme, ratio, held)
     return calls
 
 
 def _corrected(
-    case: Case, kernel: TritonKernel, scheme: Scheme, ratio: float, full: Callable[..., torch.Tensor]
+    case: Case, kernel: TritonKernel, scheme: Scheme, ratio: float, held: list[PreparedWeight]
 ) -> Callable[[int], torch.Tensor]:
     rank = int(ratio * min(case.sizes))
     left = torch.randn(case.sizes[0], rank, device="cuda").bfloat16() / 99
@@ -100,8 +99,10 @@ def _corrected(
     assert factors is not None
 
     def call(at: int) -> torch.Tensor:
-        u = kernel.smooth(case.x, case.rows, case.smoothing) @ left
-        return full(at, (LowRank(case.rows, u, factors),))
+        quantized = kernel.quantize(case.x, scheme.activation, case.smoothing, case.corrected)
+        assert quantized.taken is not None
+        term = LowRank(case.corrected, quantized.taken @ left, factors)
+        return kernel.gemm(quantized, held[at], bias=None, addend=None, dtype=torch.bfloat16, low_rank=(term,))
 
     return call
 

@@ -77,20 +77,13 @@ class RowSmoothing:
     centre: torch.Tensor | None = None
     centre_rows: torch.Tensor | None = None
 
-    def apply(self, x: torch.Tensor, take: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows [N, I], or those that ``take`` (int64 [n]) names, in float32."""
-        smoothed = (x if take is None else x[take]).float()
-        centre, inverse = _of_rows(self.centre, self.centre_rows, take), _of_rows(self.inverse, self.rows, take)
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows [N, I] in float32."""
+        smoothed = x.float()
+        centre, inverse = _of_rows(self.centre, self.centre_rows), _of_rows(self.inverse, self.rows)
         if centre is not None:
             smoothed = smoothed - centre.float()
         return smoothed if inverse is None else smoothed * inverse
-
-    def without_centre(self, x: torch.Tensor) -> tuple[torch.Tensor, RowSmoothing | None]:
-        """Rows less their centres in float32 and what is left of smoothing, for kernels that subtract none."""
-        if self.centre is None:
-            return x, self
-        rest = None if self.inverse is None else RowSmoothing(self.inverse, self.rows)
-        return RowSmoothing(None, None, self.centre, self.centre_rows).apply(x), rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,15 +104,39 @@ class RowBias:
 
 
 @dataclass(frozen=True, eq=False)
+class Selection:
+    """Some of N rows, in an order.
+
+    Attributes:
+        rows: their numbers, int64 [n], each at most once.
+        places: int32 [N], where in ``rows`` a row is, -1 where it is not.
+    """
+
+    rows: torch.Tensor
+    places: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: torch.Tensor, num_rows: int) -> Selection:
+        """These of ``num_rows``; no value is read back from a GPU."""
+        places = torch.full((num_rows,), -1, dtype=torch.int32, device=rows.device)
+        places[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+        return cls(rows, places)
+
+    def __len__(self) -> int:
+        """How many rows are selected."""
+        return len(self.rows)
+
+
+@dataclass(frozen=True, eq=False)
 class RowAddend:
     """What is added to some rows of the product in float32, before bias and final rounding.
 
     Attributes:
-        rows: int64 [n], each at most once.
+        selected: n rows.
         values: [n, O_j], float32 or bfloat16 or float16, contiguous, for consecutive parts of the O outputs.
     """
 
-    rows: torch.Tensor
+    selected: Selection
     values: tuple[torch.Tensor, ...]
 
 
@@ -143,12 +160,12 @@ class LowRank:
     """Rows of one modality and what corrects them: ``U_j L2_j`` is added to part j of the outputs.
 
     Attributes:
-        rows: int64 [n].
+        selected: n rows.
         u: bfloat16 [n, sum of R_j], contiguous.
         factors: of ``Kernel.prepare_factors``.
     """
 
-    rows: torch.Tensor
+    selected: Selection
     u: torch.Tensor
     factors: PreparedFactors
 
@@ -161,11 +178,14 @@ class QuantizedActivation:
         data: codes, or smoothed rows where the input is not quantized, in the layout of the kernel.
         scale: float32 [N, 1], None where the input is not quantized.
         num_rows: N.
+        taken: smoothed rows [n, I] that a low-rank correction reads, rounded once to the dtype in which rows came; None
+            if none were asked for.
     """
 
     data: torch.Tensor
     scale: torch.Tensor | None
     num_rows: int
+    taken: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,12 +195,10 @@ class Norm:
     Attributes:
         gamma: [I], float32 or bfloat16 or float16, contiguous.
         eps: added to the mean of squares.
-        keep: bool [N], the rows whose normalized values are wanted as well, None for none.
     """
 
     gamma: torch.Tensor
     eps: float
-    keep: torch.Tensor | None = None
 
 
 Bias: TypeAlias = "torch.Tensor | RowBias | None"
@@ -216,7 +234,11 @@ class Kernel(ABC):
 
     @abstractmethod
     def quantize(
-        self, x: torch.Tensor, activation: TensorFormat | None, smoothing: RowSmoothing | None
+        self,
+        x: torch.Tensor,
+        activation: TensorFormat | None,
+        smoothing: RowSmoothing | None,
+        take: Selection | None = None,
     ) -> QuantizedActivation:
         """Centre, smooth and round rows to integer codes in one pass, as ``masq.numerics.affine.quantize`` does.
 
@@ -224,28 +246,37 @@ class Kernel(ABC):
             x: [N, I], float32 or bfloat16 or float16, contiguous; N may be 0.
             activation: per-token format, None leaves the rows unquantized.
             smoothing: None for no run-time smoothing.
+            take: rows whose smoothed values are wanted as well, None for none.
         """
 
     def quantize_norm(
-        self, x: torch.Tensor, norm: Norm, activation: TensorFormat, smoothing: RowSmoothing | None
-    ) -> tuple[QuantizedActivation, torch.Tensor | None]:
+        self,
+        x: torch.Tensor,
+        norm: Norm,
+        activation: TensorFormat,
+        smoothing: RowSmoothing | None,
+        take: Selection | None = None,
+    ) -> QuantizedActivation:
         """``quantize`` of rows under RMSNorm, which are not rounded to the dtype of ``x`` in between.
 
         Values are float32, within ``(I + 32) 2^-24`` of the largest of their row.
 
         Args:
             x: as for ``quantize``.
-            norm: gamma and epsilon, and the rows whose normalized values are wanted.
+            norm: gamma and epsilon.
             activation: symmetric, per token.
             smoothing: of the normalized rows.
-
-        Returns:
-            The codes, and normalized rows [N, I] in the dtype of ``x``, undefined where not wanted; None for none.
+            take: as for ``quantize``.
         """
         raise NotImplementedError(f"kernel {self.name} has no norm")
 
     def quantize_gate(
-        self, gate: torch.Tensor, up: torch.Tensor, activation: TensorFormat, smoothing: RowSmoothing | None
+        self,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        activation: TensorFormat,
+        smoothing: RowSmoothing | None,
+        take: Selection | None = None,
     ) -> QuantizedActivation:
         """``quantize`` of SiLU(gate) * up, float32 within ``32 * 2^-24`` of the largest of a row, not rounded before.
 
@@ -254,21 +285,9 @@ class Kernel(ABC):
             up: likewise.
             activation: symmetric, per token.
             smoothing: of the products.
+            take: as for ``quantize``.
         """
         raise NotImplementedError(f"kernel {self.name} has no gate")
-
-    def smooth(self, x: torch.Tensor, rows: torch.Tensor, smoothing: RowSmoothing | None) -> torch.Tensor:
-        """Some rows, smoothed and not quantized: what a low-rank correction reads.
-
-        Args:
-            x: as for ``quantize``.
-            rows: int64 [n].
-            smoothing: of all rows, None for none.
-
-        Returns:
-            [n, I] in the dtype of ``x``, rounded once.
-        """
-        return x[rows] if smoothing is None else smoothing.apply(x, rows).to(x.dtype)
 
     def prepare_factors(
         self, rights: Sequence[torch.Tensor | None], sizes: Sequence[int], activation: TensorFormat | None
@@ -309,14 +328,7 @@ class Kernel(ABC):
         """
 
 
-def _of_rows(values: torch.Tensor | None, which: torch.Tensor | None, take: torch.Tensor | None) -> torch.Tensor | None:
+def _of_rows(values: torch.Tensor | None, which: torch.Tensor | None) -> torch.Tensor | None:
     if values is None or which is None:
         return None if values is None else values[:1]
-    return values[which if take is None else which[take]]
-
-
-def places(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """int32 [N]: where in ``rows`` (int64 [n]) a row is, -1 where it is not; no value is read back from a GPU."""
-    found = torch.full((num_rows,), -1, dtype=torch.int32, device=rows.device)
-    found[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-    return found
+    return values[which]

@@ -9,17 +9,18 @@ import torch
 from masq.errors import NumericalError
 
 if TYPE_CHECKING:
-    from masq.kernels.base import Norm, RowSmoothing
+    from masq.kernels.base import Norm, RowSmoothing, Selection
 
 _ROW_DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
-def check_rows(x: torch.Tensor, smoothing: RowSmoothing | None) -> None:
+def check_rows(x: torch.Tensor, smoothing: RowSmoothing | None, take: Selection | None) -> None:
     """Refuse what a kernel that reads memory by itself would misread.
 
     Raises:
-        NumericalError: rows or factors of another dtype, shape or layout.
+        NumericalError: rows or factors of another dtype, shape or layout, a selection of other rows.
     """
+    check_selection(take, len(x))
     inverse, centre = (None, None) if smoothing is None else (smoothing.inverse, smoothing.centre)
     wrong = x.dim() != 2 or not x.is_contiguous() or x.dtype not in _ROW_DTYPES
     if inverse is not None:
@@ -38,26 +39,42 @@ def check_norm(x: torch.Tensor, norm: Norm) -> None:
     """Refuse a norm of other rows than these.
 
     Raises:
-        NumericalError: gamma or the rows to keep of another dtype, shape or layout.
+        NumericalError: gamma of another dtype, shape or layout.
     """
-    gamma, keep = norm.gamma, norm.keep
-    wrong = gamma.shape != x.shape[1:] or not gamma.is_contiguous() or gamma.dtype not in _ROW_DTYPES
-    if keep is not None:
-        wrong |= keep.dtype != torch.bool or keep.shape != x.shape[:1] or not keep.is_contiguous()
-    if wrong:
+    gamma = norm.gamma
+    if gamma.shape != x.shape[1:] or not gamma.is_contiguous() or gamma.dtype not in _ROW_DTYPES:
         raise NumericalError(
-            "a norm must have a contiguous gamma of the rows' length, and a bool for every row to keep",
-            value=f"rows {tuple(x.shape)}, gamma {gamma.dtype} {_shape(gamma)}, keep {_shape(keep)}",
+            "a norm must have a contiguous gamma of the rows' length",
+            value=f"rows {tuple(x.shape)}, gamma {gamma.dtype} {_shape(gamma)}",
             remedy="pass the weight of an RMSNorm, in float32, bfloat16 or float16",
         )
 
 
-def check_gate(gate: torch.Tensor, up: torch.Tensor) -> None:
+def check_selection(selected: Selection | None, num_rows: int) -> None:
+    """Refuse a selection among another number of rows.
+
+    Raises:
+        NumericalError: it is.
+    """
+    if selected is None:
+        return
+    rows, places = selected.rows, selected.places
+    wrong = (rows.dtype, places.dtype) != (torch.int64, torch.int32) or places.shape != (num_rows,)
+    if wrong or rows.dim() != 1 or not (rows.is_contiguous() and places.is_contiguous()):
+        raise NumericalError(
+            "a selection must tell int64 numbers of rows, and an int32 place for every row there is",
+            value=f"rows {rows.dtype} {_shape(rows)}, places {places.dtype} {_shape(places)} of {num_rows}",
+            remedy="make it by Selection.of with the number of rows",
+        )
+
+
+def check_gate(gate: torch.Tensor, up: torch.Tensor, take: Selection | None) -> None:
     """Refuse two matrices that are not alike, or whose rows are not in one piece.
 
     Raises:
-        NumericalError: they are.
+        NumericalError: they are, or the selection is of other rows.
     """
+    check_selection(take, len(gate))
     alike = gate.dim() == 2 and (gate.shape, gate.dtype) == (up.shape, up.dtype) and gate.dtype in _ROW_DTYPES
     if not alike or (gate.shape[1] > 1 and (gate.stride(1), up.stride(1)) != (1, 1)):
         raise NumericalError(

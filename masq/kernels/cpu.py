@@ -28,7 +28,7 @@ from masq.kernels.base import (
     RowAddend,
     RowBias,
     RowSmoothing,
-    places,
+    Selection,
 )
 from masq.kernels.build import BuildError, library
 from masq.kernels.checks import check_gate, check_norm, check_rows
@@ -126,65 +126,72 @@ class CpuKernel(Kernel):
         )
 
     def quantize(
-        self, x: torch.Tensor, activation: TensorFormat | None, smoothing: RowSmoothing | None
+        self,
+        x: torch.Tensor,
+        activation: TensorFormat | None,
+        smoothing: RowSmoothing | None,
+        take: Selection | None = None,
     ) -> QuantizedActivation:
         """See ``Kernel.quantize``."""
-        check_rows(x, smoothing)
+        check_rows(x, smoothing, take)
         if activation is None:
-            rows = x if smoothing is None else self._smooth(x, None, smoothing)
-            return QuantizedActivation(rows, None, len(x))
-        made, rest = self._codes(x, activation, smoothing)
+            rows = x if smoothing is None else self._smooth(x, smoothing)
+            return QuantizedActivation(rows, None, len(x), None if take is None else rows[take.rows])
+        made, rest = self._codes(x, activation, smoothing, take)
         _functions().masq_quantize(x.data_ptr(), _DTYPES[x.dtype], *rest)
         return made
 
     def quantize_norm(
-        self, x: torch.Tensor, norm: Norm, activation: TensorFormat, smoothing: RowSmoothing | None
-    ) -> tuple[QuantizedActivation, torch.Tensor | None]:
+        self,
+        x: torch.Tensor,
+        norm: Norm,
+        activation: TensorFormat,
+        smoothing: RowSmoothing | None,
+        take: Selection | None = None,
+    ) -> QuantizedActivation:
         """See ``Kernel.quantize_norm``."""
-        check_rows(x, smoothing)
+        check_rows(x, smoothing, take)
         check_norm(x, norm)
-        kept = None if norm.keep is None else torch.empty_like(x)
-        given = norm.gamma.data_ptr(), _DTYPES[norm.gamma.dtype], norm.eps, _pointer(norm.keep), _pointer(kept)
-        made, rest = self._codes(x, activation, smoothing)
+        given = norm.gamma.data_ptr(), _DTYPES[norm.gamma.dtype], norm.eps
+        made, rest = self._codes(x, activation, smoothing, take)
         _functions().masq_quantize_norm(x.data_ptr(), _DTYPES[x.dtype], *given, *rest)
-        return made, kept
+        return made
 
     def quantize_gate(
-        self, gate: torch.Tensor, up: torch.Tensor, activation: TensorFormat, smoothing: RowSmoothing | None
+        self,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        activation: TensorFormat,
+        smoothing: RowSmoothing | None,
+        take: Selection | None = None,
     ) -> QuantizedActivation:
         """See ``Kernel.quantize_gate``."""
-        check_gate(gate, up)
-        made, rest = self._codes(gate, activation, smoothing)
+        check_gate(gate, up, take)
+        made, rest = self._codes(gate, activation, smoothing, take)
         given = gate.data_ptr(), up.data_ptr(), _DTYPES[gate.dtype], gate.stride(0), up.stride(0)
         _functions().masq_quantize_gate(*given, *rest)
         return made
 
     def _codes(
-        self, rows: torch.Tensor, activation: TensorFormat, smoothing: RowSmoothing | None
+        self, rows: torch.Tensor, activation: TensorFormat, smoothing: RowSmoothing | None, take: Selection | None
     ) -> tuple[QuantizedActivation, tuple[Any, ...]]:
-        """Room for codes and scales of rows [N, I], and what every function that fills it is told."""
+        """Room for codes, scales and taken rows of rows [N, I], and what every function that fills it is told."""
         num_rows, num_inner = rows.shape
         codes = torch.empty(_code_bytes(num_rows, num_inner), dtype=torch.int8)
         scale = torch.empty(num_rows, 1)
+        taken = None if take is None else rows.new_empty(len(take), num_inner)
         rest = (
             *(*_smoothing_pointers(smoothing), num_rows, num_inner, activation.qmax, activation.divisor),
-            *(codes.data_ptr(), scale.data_ptr(), self.isa, torch.get_num_threads()),
+            *(codes.data_ptr(), scale.data_ptr(), None if take is None else take.places.data_ptr(), _pointer(taken)),
+            *(self.isa, torch.get_num_threads()),
         )
-        return QuantizedActivation(codes, scale, num_rows), rest
+        return QuantizedActivation(codes, scale, num_rows, taken), rest
 
-    def smooth(self, x: torch.Tensor, rows: torch.Tensor, smoothing: RowSmoothing | None) -> torch.Tensor:
-        """See ``Kernel.smooth``."""
-        if smoothing is None or self.isa < w4a16.VNNI:
-            return super().smooth(x, rows, smoothing)
-        return self._smooth(x, rows, smoothing)
-
-    def _smooth(self, x: torch.Tensor, take: torch.Tensor | None, smoothing: RowSmoothing) -> torch.Tensor:
-        """Rows [N, I], or those that ``take`` names, centred and smoothed, rounded to their own dtype."""
-        rows = x.new_empty(len(x) if take is None else len(take), x.shape[1])
-        _functions().masq_smooth(
-            *(x.data_ptr(), _DTYPES[x.dtype], *_smoothing_pointers(smoothing), _pointer(take)),
-            *(*rows.shape, rows.data_ptr(), torch.get_num_threads()),
-        )
+    def _smooth(self, x: torch.Tensor, smoothing: RowSmoothing) -> torch.Tensor:
+        """Rows [N, I], centred and smoothed, rounded to their own dtype."""
+        rows = torch.empty_like(x)
+        given = x.data_ptr(), _DTYPES[x.dtype], *_smoothing_pointers(smoothing)
+        _functions().masq_smooth(*given, *rows.shape, rows.data_ptr(), torch.get_num_threads())
         return rows
 
     def prepare_factors(
@@ -212,7 +219,7 @@ class CpuKernel(Kernel):
         """See ``Kernel.gemm``."""
         num_rows = activation.num_rows
         y_no = torch.empty(num_rows, prepared.out_features, dtype=dtype)
-        added = _Addend(addend, num_rows)
+        added = _Addend(addend)
         biases, which = (bias.values, bias.rows) if isinstance(bias, RowBias) else (bias, None)
         rest = [
             *(_pointer(biases), _pointer(which), *added.arguments, y_no.data_ptr(), _DTYPES[dtype]),
@@ -246,14 +253,14 @@ def best_isa() -> int:
 def _functions() -> Any:
     found = library()
     found.masq_best_isa.restype = _INT
-    codes = (*[_POINTER] * 4, _LONG, _LONG, _INT, _FLOAT, _POINTER, _POINTER, _INT, _INT)
+    codes = (*[_POINTER] * 4, _LONG, _LONG, _INT, _FLOAT, *[_POINTER] * 4, _INT, _INT)
     found.masq_quantize.argtypes = [_POINTER, _INT, *codes]
-    found.masq_quantize_norm.argtypes = [_POINTER, _INT, _POINTER, _INT, _FLOAT, _POINTER, _POINTER, *codes]
+    found.masq_quantize_norm.argtypes = [_POINTER, _INT, _POINTER, _INT, _FLOAT, *codes]
     found.masq_quantize_gate.argtypes = [_POINTER, _POINTER, _INT, _LONG, _LONG, *codes]
     rest = [*[_POINTER] * 5, _INT, _INT, _POINTER, _INT, _LONG, _LONG, _LONG, _INT, _INT, _INT]
     found.masq_gemm.argtypes = [*[_POINTER] * 5, *rest, _POINTER, _INT]
     found.masq_gemm_w4a16.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _POINTER, _LONG, _LONG, *rest]
-    found.masq_smooth.argtypes = [_POINTER, _INT, *[_POINTER] * 5, _LONG, _LONG, _POINTER, _INT]
+    found.masq_smooth.argtypes = [_POINTER, _INT, *[_POINTER] * 4, _LONG, _LONG, _POINTER, _INT]
     names = "masq_quantize", "masq_quantize_norm", "masq_quantize_gate"
     for name in (*names, "masq_smooth", "masq_gemm", "masq_gemm_w4a16"):
         getattr(found, name).restype = None
@@ -263,12 +270,12 @@ def _functions() -> Any:
 class _Addend:
     """What ``csrc/common.h`` calls so, as arguments; it keeps alive what they point to."""
 
-    def __init__(self, addend: RowAddend | None, num_rows: int) -> None:
+    def __init__(self, addend: RowAddend | None) -> None:
         self.arguments: tuple[Any, ...] = (None, None, None, 0, 0)
         if addend is None:
             return
         self._values = [part.contiguous() for part in addend.values]
-        self._places = places(addend.rows, num_rows)
+        self._places = addend.selected.places
         count = len(self._values)
         pointers = (_POINTER * count)(*(part.data_ptr() for part in self._values))
         starts = (_LONG * (count + 1))(*itertools.accumulate((part.shape[1] for part in self._values), initial=0))

@@ -70,7 +70,7 @@ class Arguments:
         self._array = (_LowRank * max(len(terms), 1))()
         for entry, term in zip(self._array, terms, strict=False):
             starts, part_of, columns, firsts = _places(term.factors.ranks, term.factors.sizes)
-            entry.u, entry.rows = term.u.data_ptr(), term.rows.data_ptr()
+            entry.u, entry.rows = term.u.data_ptr(), term.selected.rows.data_ptr()
             entry.count, entry.width = term.u.shape
             tiles = term.factors.tensors["tiles"].bfloat16()
             self._tiles.append(tiles)

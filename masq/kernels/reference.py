@@ -18,6 +18,7 @@ from masq.kernels.base import (
     RowAddend,
     RowBias,
     RowSmoothing,
+    Selection,
 )
 from masq.numerics.affine import quantize
 from masq.numerics.integer_gemm import scaled_matmul
@@ -34,10 +35,15 @@ def smooth(x: torch.Tensor, smoothing: RowSmoothing | None) -> torch.Tensor:
     return x.float() if smoothing is None else smoothing.apply(x)
 
 
+def taken(smoothed: torch.Tensor, take: Selection | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Those of smoothed rows [N, I] that are asked for, [n, I] in ``dtype``."""
+    return None if take is None else smoothed[take.rows].to(dtype)
+
+
 def finish(y_no: torch.Tensor, bias: Bias, addend: RowAddend | None, dtype: torch.dtype) -> torch.Tensor:
     """Add what comes after the product to float32 [N, O], in place, and round once to ``dtype``."""
     if addend is not None:
-        y_no[addend.rows] += torch.cat(addend.values, dim=1).float()
+        y_no[addend.selected.rows] += torch.cat(addend.values, dim=1).float()
     if isinstance(bias, RowBias):
         return bias.add(y_no, dtype)
     if bias is not None:
@@ -73,27 +79,38 @@ class ReferenceKernel(Kernel):
         )
 
     def quantize(
-        self, x: torch.Tensor, activation: TensorFormat | None, smoothing: RowSmoothing | None
+        self,
+        x: torch.Tensor,
+        activation: TensorFormat | None,
+        smoothing: RowSmoothing | None,
+        take: Selection | None = None,
     ) -> QuantizedActivation:
         """As ``masq.numerics.affine.quantize``, by calling it."""
-        rows = smooth(x, smoothing)
-        if activation is None:
-            return QuantizedActivation(rows, None, len(rows))
-        quantized = quantize(rows, activation)
-        return QuantizedActivation(quantized.codes, quantized.scale, len(rows))
+        return _quantized(smooth(x, smoothing), activation, take, x.dtype)
 
     def quantize_norm(
-        self, x: torch.Tensor, norm: Norm, activation: TensorFormat, smoothing: RowSmoothing | None
-    ) -> tuple[QuantizedActivation, torch.Tensor | None]:
-        """See ``Kernel.quantize_norm``; every row is kept where some are."""
+        self,
+        x: torch.Tensor,
+        norm: Norm,
+        activation: TensorFormat,
+        smoothing: RowSmoothing | None,
+        take: Selection | None = None,
+    ) -> QuantizedActivation:
+        """See ``Kernel.quantize_norm``."""
         rows = functional.rms_norm(x.float(), x.shape[1:], norm.gamma.float(), norm.eps)
-        return self.quantize(rows, activation, smoothing), None if norm.keep is None else rows.to(x.dtype)
+        return _quantized(smooth(rows, smoothing), activation, take, x.dtype)
 
     def quantize_gate(
-        self, gate: torch.Tensor, up: torch.Tensor, activation: TensorFormat, smoothing: RowSmoothing | None
+        self,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        activation: TensorFormat,
+        smoothing: RowSmoothing | None,
+        take: Selection | None = None,
     ) -> QuantizedActivation:
         """See ``Kernel.quantize_gate``."""
-        return self.quantize(functional.silu(gate.float()) * up.float(), activation, smoothing)
+        rows = functional.silu(gate.float()) * up.float()
+        return _quantized(smooth(rows, smoothing), activation, take, gate.dtype)
 
     def gemm(
         self,
@@ -116,3 +133,14 @@ class ReferenceKernel(Kernel):
             if scale is not None:
                 y_no *= scale
         return finish(y_no, bias, addend, dtype)
+
+
+def _quantized(
+    smoothed: torch.Tensor, activation: TensorFormat | None, take: Selection | None, dtype: torch.dtype
+) -> QuantizedActivation:
+    """Smoothed rows [N, I] in float32, which came in ``dtype``, as the kernel multiplies them."""
+    own = taken(smoothed, take, dtype)
+    if activation is None:
+        return QuantizedActivation(smoothed, None, len(smoothed), own)
+    quantized = quantize(smoothed, activation)
+    return QuantizedActivation(quantized.codes, quantized.scale, len(smoothed), own)

@@ -22,8 +22,9 @@ from masq.kernels.base import (
     QuantizedActivation,
     RowAddend,
     RowSmoothing,
+    Selection,
 )
-from masq.kernels.reference import finish, smooth
+from masq.kernels.reference import finish, smooth, taken
 from masq.numerics.affine import QuantizedTensor, quantize
 from masq.numerics.integer_gemm import MAX_INNER, float_matmul, integer_matmul
 from masq.numerics.packing import NIBBLE_BITS, PackedWeight, pack, unpack
@@ -93,14 +94,19 @@ class TorchKernel(Kernel):
         return pack(QuantizedTensor(codes.contiguous(), tensors["scale"], None, fmt))
 
     def quantize(
-        self, x: torch.Tensor, activation: TensorFormat | None, smoothing: RowSmoothing | None
+        self,
+        x: torch.Tensor,
+        activation: TensorFormat | None,
+        smoothing: RowSmoothing | None,
+        take: Selection | None = None,
     ) -> QuantizedActivation:
         """As ``masq.numerics.affine.quantize``; rows that stay float keep their dtype."""
         rows = smooth(x, smoothing)
+        own = taken(rows, take, x.dtype)
         if activation is None:
-            return QuantizedActivation(rows.to(x.dtype), None, len(rows))
+            return QuantizedActivation(rows.to(x.dtype), None, len(rows), own)
         quantized = quantize(rows, activation)
-        return QuantizedActivation(quantized.codes, quantized.scale, len(rows))
+        return QuantizedActivation(quantized.codes, quantized.scale, len(rows), own)
 
     def gemm(
         self,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import torch
 
 from masq.errors import ModelError
+from masq.kernels.base import Selection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -96,17 +97,17 @@ class ModalityContext:
         """The current ids as int64 [B * T], padding (whose output is never read) as text."""
         return self._once("indices", lambda ids: ids.reshape(-1).clamp(min=0).long())
 
-    def any_of(self, modalities: Iterable[Modality]) -> torch.Tensor:
-        """Which of the current tokens are of one of these modalities, bool [B * T]."""
-        numbers = sorted(map(int, modalities))
+    def present(self, modalities: Iterable[Modality]) -> tuple[Modality, ...]:
+        """Those of ``modalities`` that a current token has."""
+        return tuple(modality for modality in modalities if len(self.rows_of(modality)))
 
-        def make(ids: torch.Tensor) -> torch.Tensor:
-            found = torch.zeros_like(ids, dtype=torch.bool)
-            for number in numbers:
-                found |= ids == number
-            return found.reshape(-1)
+    def selection(self, modalities: tuple[Modality, ...]) -> Selection:
+        """The current tokens of these modalities, one modality after the other."""
 
-        return self._once(f"any of {numbers}", make)
+        def make(ids: torch.Tensor) -> Selection:
+            return Selection.of(torch.cat([self.rows_of(modality) for modality in modalities]), ids.numel())
+
+        return self._once("selection " + " ".join(modality.name for modality in modalities), make)
 
     def rows_of(self, modality: Modality) -> torch.Tensor:
         """Numbers of the current tokens of one modality in the flattened batch, int64 [n]."""

@@ -6,11 +6,9 @@ Shapes: B batch, T tokens, N = B*T rows, I input channels, O output channels of 
 from __future__ import annotations
 
 import weakref
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional
 
 from masq.errors import ModelError
 from masq.kernels import select
@@ -32,7 +30,7 @@ from masq.numerics.scheme import LinearFormat
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from masq.kernels.base import Norm, QuantizedActivation
+    from masq.kernels.base import Norm, QuantizedActivation, Selection
     from masq.models.base import Modality
     from masq.modules.modality import ModalityContext
     from masq.modules.packed_linear import PackedLinear
@@ -56,7 +54,7 @@ class Stack:
         self._source: weakref.ref[torch.Tensor] | None = None
         self._version: int | None = None
         self._outputs: dict[PackedLinear, torch.Tensor] = {}
-        # Rows that a norm has quantized already, and the tensor that stands for them until they are asked for.
+        # Rows that a norm has quantized already, and the tensor that stands for them until they are read.
         self._made: tuple[weakref.ref[torch.Tensor], QuantizedActivation | None] | None = None
 
     @property
@@ -65,38 +63,31 @@ class Stack:
         return self.members[0].activation is not None and (self._prepared or self.prepare()).kernel.fuses
 
     def normalized(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        """RMSNorm of ``x`` [B, T, I] in the pass that quantizes it, where ``fuses``; which rows to keep is known here.
+        """RMSNorm of ``x`` [B, T, I] in the pass that quantizes it, where ``fuses``.
 
         Returns:
-            What the members are to be called with, once, in place of the normalized rows: it holds those that
-            corrections read, and nothing defined elsewhere.
+            What the members are to be called with, once, in place of the normalized rows; nothing in it is defined.
         """
         held, first = self._prepared or self.prepare(), self.members[0]
         assert first.activation is not None
         first.context.current(*leading(x))
         rows_ni = x.reshape(-1, first.in_features).contiguous()
-        keep = None if not held.left or first.context.text_only else first.context.any_of(held.left)
-        smoothing = self._smoothing(first.context)
-        activation, kept = held.kernel.quantize_norm(rows_ni, replace(norm, keep=keep), first.activation, smoothing)
-        stand_in = (rows_ni.new_empty(rows_ni.shape) if kept is None else kept).view(x.shape)
-        self._made = weakref.ref(stand_in), activation
+        stand_in = torch.empty_like(x)
+        made = held.kernel.quantize_norm(rows_ni, norm, first.activation, *self._of_rows(held, first.context))
+        self._made = weakref.ref(stand_in), made
         return stand_in
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Output [B, T, O] of the one member for SiLU(gate) * up, both [B, T, I], in the pass that quantizes them.
 
-        Where ``fuses``; rows that corrections are to read are made as the model makes them.
+        Where ``fuses``.
         """
         held, [member] = self._prepared or self.prepare(), self.members
-        context = member.context
-        context.current(*leading(gate))
-        if held.left and not context.text_only:
-            return self._run(functional.silu(gate) * up)
+        member.context.current(*leading(gate))
         assert member.activation is not None
-        smoothing = self._smoothing(context)
-        rows, other = gate.flatten(0, -2), up.flatten(0, -2)
-        activation = held.kernel.quantize_gate(rows, other, member.activation, smoothing)
-        return self._multiply(activation, None, smoothing, gate.dtype).view(*gate.shape[:-1], -1)
+        rows = gate.flatten(0, -2), up.flatten(0, -2)
+        made = held.kernel.quantize_gate(*rows, member.activation, *self._of_rows(held, member.context))
+        return self._multiply(held, made, gate.dtype).view(*gate.shape[:-1], -1)
 
     def together(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Outputs of all members for ``x`` [B, T, I]: views of one matrix [B * T, sum of O]."""
@@ -115,11 +106,8 @@ class Stack:
         return self._outputs.pop(member)
 
     def _run(self, x: torch.Tensor) -> torch.Tensor:
-        held = self._prepared or self.prepare()
-        first = self.members[0]
+        held, first, made = self._prepared or self.prepare(), self.members[0], self._made
         first.context.current(*leading(x))
-        rows_ni = x.reshape(-1, first.in_features).contiguous()
-        smoothing, made = self._smoothing(first.context), self._made
         if made is not None and made[0]() is x:
             activation, self._made = made[1], (made[0], None)
             if activation is None:
@@ -129,19 +117,19 @@ class Stack:
                     remedy="use execution=packed for a model whose linears are called again or otherwise",
                 )
         else:
-            activation = held.kernel.quantize(rows_ni, first.activation, smoothing)
-        return self._multiply(activation, rows_ni, smoothing, x.dtype).view(*x.shape[:-1], -1)
+            rows_ni = x.reshape(-1, first.in_features).contiguous()
+            activation = held.kernel.quantize(rows_ni, first.activation, *self._of_rows(held, first.context))
+        return self._multiply(held, activation, x.dtype).view(*x.shape[:-1], -1)
 
-    def _multiply(
-        self,
-        activation: QuantizedActivation,
-        rows_ni: torch.Tensor | None,
-        smoothing: RowSmoothing | None,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """Quantized rows times the weights, [N, sum of O]; ``rows_ni`` are what corrections read, None for none."""
-        held, context = self._prepared or self.prepare(), self.members[0].context
-        low_rank, addend = ([], None) if rows_ni is None else self._corrections(held, rows_ni, smoothing, context)
+    def _of_rows(self, held: Prepared, context: ModalityContext) -> tuple[RowSmoothing | None, Selection | None]:
+        """What is done to every row before it is quantized, and the rows that corrections read."""
+        corrected = self._corrected(held, context)
+        return self._smoothing(context), context.selection(corrected) if corrected else None
+
+    def _multiply(self, held: Prepared, activation: QuantizedActivation, dtype: torch.dtype) -> torch.Tensor:
+        """Quantized rows times the weights, corrected, [N, sum of O]."""
+        context = self.members[0].context
+        low_rank, addend = self._corrections(held, activation.taken, context)
         bias = self._bias_of(held, context)
         return held.kernel.gemm(activation, held.weight, bias=bias, addend=addend, dtype=dtype, low_rank=low_rank)
 
@@ -161,37 +149,40 @@ class Stack:
         assert values is not None
         return values[0] if rows is None else RowBias(values, rows)
 
+    @staticmethod
+    def _corrected(held: Prepared, context: ModalityContext) -> tuple[Modality, ...]:
+        """Modalities of current tokens that have a correction; none for text, and so none in decoding."""
+        return () if not held.left or context.text_only else context.present(held.left)
+
     def _corrections(
-        self, held: Prepared, rows_ni: torch.Tensor, smoothing: RowSmoothing | None, context: ModalityContext
+        self, held: Prepared, taken: torch.Tensor | None, context: ModalityContext
     ) -> tuple[list[LowRank], RowAddend | None]:
-        """Low-rank corrections of the rows of their modality; none for text, and so none in decoding.
+        """Low-rank corrections from smoothed rows [n, I], one modality after the other.
 
         Rows in bfloat16 leave the product with L2 to the kernel, if it offers that; others get it as an addend.
         """
-        if not held.left or context.text_only:
+        if taken is None:
             return [], None
-        rows = {modality: own for modality in held.left if (own := context.rows_of(modality)).numel()}
-        if not rows:
-            return [], None
-        held.fuse(self.sizes, self.members[0].activation, fused=rows_ni.dtype == torch.bfloat16)
+        held.fuse(self.sizes, self.members[0].activation, fused=taken.dtype == torch.bfloat16)
+        modalities = self._corrected(held, context)
+        parts = taken.split([len(context.rows_of(modality)) for modality in modalities])
         u = {
-            m: project(held.kernel.smooth(rows_ni, own, smoothing), held.left[m], held.scale.get(m))
-            for m, own in rows.items()
+            modality: project(rows, held.left[modality], held.scale.get(modality))
+            for modality, rows in zip(modalities, parts, strict=True)
         }
-        fused = {m: factors for m in rows if isinstance(factors := held.right[m], PreparedFactors)}
-        low_rank = [LowRank(rows[m], u[m].contiguous(), factors) for m, factors in fused.items()]
-        others = {m: own for m, own in rows.items() if m not in fused}
-        return low_rank, self._addend(held, others, u) if others else None
+        fused = {m: factors for m in modalities if isinstance(factors := held.right[m], PreparedFactors)}
+        low_rank = [LowRank(context.selection((m,)), u[m].contiguous(), factors) for m, factors in fused.items()]
+        others = tuple(m for m in modalities if m not in fused)
+        return low_rank, self._addend(held, context.selection(others), {m: u[m] for m in others}) if others else None
 
-    def _addend(self, held: Prepared, rows: dict[Modality, torch.Tensor], u: dict[Modality, torch.Tensor]) -> RowAddend:
-        count, start = sum(len(own) for own in rows.values()), 0
-        like = next(iter(u.values()))
-        values = tuple(like.new_empty(count, size) for size in self.sizes)
-        for modality, own in rows.items():
-            parts = [part[start : start + len(own)] for part in values]
-            self._up(u[modality], held.plain_right(modality), parts)
-            start += len(own)
-        return RowAddend(torch.cat(list(rows.values())) if len(rows) > 1 else next(iter(rows.values())), values)
+    def _addend(self, held: Prepared, selected: Selection, u: dict[Modality, torch.Tensor]) -> RowAddend:
+        like, start = next(iter(u.values())), 0
+        values = tuple(like.new_empty(len(selected), size) for size in self.sizes)
+        for modality, u_nr in u.items():
+            parts = [part[start : start + len(u_nr)] for part in values]
+            self._up(u_nr, held.plain_right(modality), parts)
+            start += len(u_nr)
+        return RowAddend(selected, values)
 
     def _up(self, u_nr: torch.Tensor, rights: list[torch.Tensor | None], parts: list[torch.Tensor]) -> None:
         """Write L2 of every member on its columns of U into its part [n, O]."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from masq.kernels.base import Bias, Kernel, RowAddend, RowBias, RowSmoothing
+from masq.kernels.base import Bias, Kernel, RowAddend, RowBias, RowSmoothing, Selection
 from masq.kernels.reference import ReferenceKernel
 from masq.numerics.affine import quantize
 from masq.numerics.packing import PackedWeight, pack
@@ -54,6 +54,12 @@ def centring(count: int, inner: int, smooth: RowSmoothing | None = None, seed: i
     return RowSmoothing(inverse, which, centre, torch.randint(0, 2, (count,), generator=generator))
 
 
+def selection(count: int, seed: int = 7) -> Selection:
+    """About a third of so many rows, in any order."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return Selection.of(order[: -(-count // 3)], count)
+
+
 def row_bias(count: int, out: int, seed: int = 6) -> RowBias:
     generator = torch.Generator().manual_seed(seed)
     return RowBias(torch.randn(2, out, generator=generator), torch.randint(0, 2, (count,), generator=generator))
@@ -65,7 +71,7 @@ def addend(count: int, out: int, share: float, dtype: torch.dtype, seed: int = 3
     chosen = torch.randperm(count, generator=generator)[: int(share * count)]
     values = torch.randn(len(chosen), out, generator=generator).to(dtype)
     sizes = [out // 3, out - out // 3] if out > 2 else [out]
-    return RowAddend(chosen, tuple(part.contiguous() for part in values.split(sizes, dim=1)))
+    return RowAddend(Selection.of(chosen, count), tuple(part.contiguous() for part in values.split(sizes, dim=1)))
 
 
 def run(
@@ -113,6 +119,25 @@ def check_equals_reference(run_kernel: Callable[..., torch.Tensor], shape: tuple
             assert found.dtype == output
             assert found.shape == (count, out)
             assert torch.equal(found, oracle(x, packed, activation, dtype=output, **given))
+
+
+def check_taken(run_kernel: Callable[..., torch.Tensor], sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    """Smoothed rows that corrections read are those of the reference to the last bit, all of them and no others.
+
+    Args:
+        run_kernel: ``quantize(...).taken`` with the kernel given.
+        sizes: rows and inputs.
+        dtype: of the rows.
+    """
+    x, smooth = rows(*sizes, dtype), smoothing(*sizes, 3)
+    one = RowSmoothing(smooth.inverse[:1], None)  # type: ignore[index]
+    whole = Selection.of(torch.arange(sizes[0]), sizes[0])
+    for given in (None, one, smooth, centring(*sizes), centring(*sizes, smooth)):
+        smoothed = x.float() if given is None else given.apply(x)
+        for take in (selection(sizes[0]), whole, Selection.of(torch.zeros(0, dtype=torch.int64), sizes[0])):
+            found = run_kernel(x, given, take)
+            assert found.dtype == dtype
+            assert torch.equal(found, smoothed[take.rows].to(dtype))
 
 
 def exact(x: torch.Tensor, packed: PackedWeight, activation: TensorFormat) -> torch.Tensor:

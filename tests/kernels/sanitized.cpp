@@ -13,13 +13,13 @@ extern "C" {
 int masq_best_isa();
 int64_t masq_code_bytes(int64_t, int64_t);
 void masq_quantize(const void*, int, const float*, const int64_t*, const uint16_t*, const int64_t*, int64_t, int64_t, int,
-                   float, int8_t*, float*, int, int);
-void masq_quantize_norm(const void*, int, const void*, int, float, const uint8_t*, void*, const float*, const int64_t*,
-                        const uint16_t*, const int64_t*, int64_t, int64_t, int, float, int8_t*, float*, int, int);
+                   float, int8_t*, float*, const int32_t*, void*, int, int);
+void masq_quantize_norm(const void*, int, const void*, int, float, const float*, const int64_t*, const uint16_t*,
+                        const int64_t*, int64_t, int64_t, int, float, int8_t*, float*, const int32_t*, void*, int, int);
 void masq_quantize_gate(const void*, const void*, int, int64_t, int64_t, const float*, const int64_t*, const uint16_t*,
-                        const int64_t*, int64_t, int64_t, int, float, int8_t*, float*, int, int);
-void masq_smooth(const void*, int, const float*, const int64_t*, const uint16_t*, const int64_t*, const int64_t*, int64_t,
-                 int64_t, void*, int);
+                        const int64_t*, int64_t, int64_t, int, float, int8_t*, float*, const int32_t*, void*, int, int);
+void masq_smooth(const void*, int, const float*, const int64_t*, const uint16_t*, const int64_t*, int64_t, int64_t, void*,
+                 int);
 void masq_gemm(const int8_t*, const float*, const uint8_t*, const float*, const int32_t*, const float*, const int64_t*,
                const int32_t*, const void* const*, const int64_t*, int, int, void*, int, int64_t, int64_t, int64_t, int, int, int,
                const void*, int);
@@ -66,22 +66,27 @@ static void corrected(const int8_t* codes, const float* scale, const uint8_t* w,
   free(u), free(tiles), free(rows), free(starts), free(part_of), free(y);
 }
 
-// Rows out of a norm, every third one kept, and out of a gate that stands beside its factor in one matrix.
-static void made(const void* x, int dtype, const float* inverse, const int64_t* which, const uint16_t* centre, int64_t m,
-                 int64_t k, int8_t* codes, float* scale, int isa, int threads) {
-  const int64_t size = dtype == 0 ? 4 : 2, half = k / 2;
-  uint8_t* keep = exactly<uint8_t>(m);
-  char *kept = exactly<char>(m * k * size), *gamma = exactly<char>(k * size);
-  for (int64_t i = 0; i < m; ++i) keep[i] = i % 3 == 0;
+// Rows as they are, out of a norm, and out of a gate that stands beside its factor in one matrix; every third one taken,
+// the last first. Returns whether another than the plain instruction set takes other numbers of rows as they are.
+static int made(const void* x, int dtype, const float* inverse, const int64_t* which, const uint16_t* centre, int64_t m,
+                int64_t k, int8_t* codes, float* scale, int isa, int threads) {
+  const int64_t size = dtype == 0 ? 4 : 2, half = k / 2, count = (m + 2) / 3;
+  int32_t* places = exactly<int32_t>(m);
+  char *taken = exactly<char>(count * k * size), *wanted = exactly<char>(count * k * size), *gamma = exactly<char>(k * size);
+  for (int64_t i = 0; i < m; ++i) places[i] = i % 3 ? -1 : (int32_t)(count - 1 - i / 3);
   memcpy(gamma, x, m ? k * size : 0);
-  masq_quantize_norm(x, dtype, gamma, dtype, 1e-6f, keep, kept, inverse, which, centre, which, m, k, 127, 127.0f, codes, scale,
-                     isa, threads);
-  masq_quantize_norm(x, dtype, gamma, dtype, 1e-6f, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, m, k, 127, 127.0f,
-                     codes, scale, isa, threads);
+  masq_quantize(x, dtype, inverse, which, centre, which, m, k, 127, 127.0f, codes, scale, places, wanted, 0, 1);
+  masq_quantize(x, dtype, inverse, which, centre, which, m, k, 127, 127.0f, codes, scale, places, taken, isa, threads);
+  const int bad = memcmp(wanted, taken, count * k * size) != 0;
+  masq_quantize_norm(x, dtype, gamma, dtype, 1e-6f, inverse, which, centre, which, m, k, 127, 127.0f, codes, scale, places,
+                     taken, isa, threads);
+  masq_quantize_norm(x, dtype, gamma, dtype, 1e-6f, nullptr, nullptr, nullptr, nullptr, m, k, 127, 127.0f, codes, scale,
+                     nullptr, nullptr, isa, threads);
   if (half)
     masq_quantize_gate(x, (const char*)x + half * size, dtype, k, k, nullptr, nullptr, nullptr, nullptr, m, half, 127, 127.0f,
-                       codes, scale, isa, threads);
-  free(keep), free(kept), free(gamma);
+                       codes, scale, places, taken, isa, threads);
+  free(places), free(taken), free(wanted), free(gamma);
+  return bad;
 }
 
 static int integers(int64_t m, int64_t n, int64_t k, int four, int dtype) {
@@ -126,12 +131,13 @@ static int integers(int64_t m, int64_t n, int64_t k, int four, int dtype) {
       int8_t* codes = exactly<int8_t>(masq_code_bytes(m, k));
       float *scale = exactly<float>(m), *y = exactly<float>(m * n);
       uint16_t* half = exactly<uint16_t>(m * n);
-      masq_quantize(x, dtype, inverse, which, centre, which, m, k, 7, m % 2 ? 8.0f : 7.0f, codes, scale, isa, threads);
+      masq_quantize(x, dtype, inverse, which, centre, which, m, k, 7, m % 2 ? 8.0f : 7.0f, codes, scale, nullptr, nullptr, isa,
+                    threads);
       masq_gemm(codes, scale, w, w_scale, offset, bias, which, places, parts, starts, 2, 1, y, 0, m, n, k, four, isa, threads,
                 nullptr, 0);
       masq_gemm(codes, scale, w, w_scale, offset, nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0, half, 2, m, n, k, four, isa,
                 threads, nullptr, 0);
-      made(x, dtype, inverse, which, centre, m, k, codes, scale, isa, threads);
+      bad |= made(x, dtype, inverse, which, centre, m, k, codes, scale, isa, threads);
       if (isa >= 3) corrected(codes, scale, w, w_scale, offset, m, n, k, four, threads);
       if (wanted && memcmp(wanted, y, m * n * sizeof(float))) bad = 1;
       if (!wanted) wanted = y;
@@ -156,12 +162,11 @@ static int floats(int64_t m, int64_t n, int64_t k, int64_t group, int dtype) {
   for (int64_t i = 0; i < k; ++i) inverse[i] = 0.5f, centre[i] = 0x3c00;
   for (int64_t i = 0; i < m * k; ++i) x[i] = (uint16_t)(0x3c00 + (next() >> 24));
   float* y = exactly<float>(m * n);
-  const int64_t last = m - 1;
   int bad = 0;
   for (int isa = 2; isa <= masq_best_isa(); ++isa)
     for (int threads = 1; threads <= 2; ++threads) {
-      masq_smooth(x, dtype, inverse, nullptr, nullptr, nullptr, nullptr, m, k, smoothed, threads);
-      masq_smooth(x, dtype, inverse, nullptr, centre, nullptr, &last, 1, k, smoothed + (m - 1) * k, threads);
+      masq_smooth(x, dtype, inverse, nullptr, nullptr, nullptr, m, k, smoothed, threads);
+      masq_smooth(x, dtype, inverse, nullptr, centre, nullptr, m, k, smoothed, threads);
       masq_gemm_w4a16(smoothed, dtype, w, scale, zero, group ? group : slices * 32, groups, nullptr, nullptr, nullptr, nullptr,
                       nullptr, 0, 0, y, 0, m, n, k, 0, isa, threads);
       for (int64_t i = 0; i < m * n; ++i) bad |= !isfinite(y[i]);

@@ -13,6 +13,7 @@ from masq.errors import NumericalError
 from masq.kernels.base import LinearSpec, RowSmoothing
 from masq.kernels.build import BuildError
 from masq.kernels.cpu import ISAS, CpuKernel, best_isa
+from masq.kernels.w4a16 import VNNI
 from masq.numerics.affine import quantize
 from masq.numerics.packing import pack
 from masq.numerics.scheme import LinearFormat, TensorFormat
@@ -122,12 +123,13 @@ def test_codes_are_those_of_the_quantizer(kernel, dtype, bits, clip):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_some_rows_smoothed(kernel, dtype):
-    """What a correction reads, in any order and with rows twice, rounded once."""
-    x, take = cases.rows(19, 77, dtype), torch.tensor([18, 0, 7, 7])
-    one, three = (cases.smoothing(19, 77, vectors) for vectors in (1, 3))
-    for smooth in (None, one, three, cases.centring(19, 77), cases.centring(19, 77, one)):
-        assert torch.equal(kernel.smooth(x, take, smooth), smoothed(x, smooth)[take].to(dtype))
+@pytest.mark.parametrize("fmt", [cases.per_token(8), None], ids=str)
+def test_smoothed_rows_that_are_taken(kernel, dtype, fmt):
+    """What a correction reads, rounded once; of inputs that stay float too, where the instruction set has them."""
+    if fmt is None and kernel.isa < VNNI:
+        pytest.skip("float inputs need AVX512")
+    for sizes in ((19, 77), (1, 1), (40, 576)):
+        cases.check_taken(lambda x, given, take: kernel.quantize(x, fmt, given, take).taken, sizes, dtype)
 
 
 def test_numbers_that_are_none_stay_so(kernel):

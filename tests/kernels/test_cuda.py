@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from masq.errors import NumericalError
-from masq.kernels.base import LowRank, RowAddend, RowSmoothing
+from masq.kernels.base import LowRank, RowAddend, RowSmoothing, Selection
 from masq.kernels.cuda import build, launch
 from masq.kernels.cuda.kernel import CudaKernel
 from masq.kernels.cuda.tiles import LINE, TILES, choose, num_programs, num_slices
@@ -135,7 +135,7 @@ def check_corrected(target, sizes, ranks, count, dtype):
     neither = torch.ones(count, dtype=torch.bool)
     for rows, u, rights in corrections(sizes, ranks, count, 6, dtype):
         factors = kernel.prepare_factors([None if r is None else r.to(device) for r in rights], sizes, ACTIVATION)
-        terms.append(LowRank(rows.to(device), u.to(device), factors))
+        terms.append(LowRank(Selection.of(rows.to(device), count), u.to(device), factors))
         neither[rows] = False
         parts = zip(u.double().split(ranks, dim=1), rights, sizes, strict=True)
         dense = [(u_j, torch.zeros(0, size) if right is None else right) for u_j, right, size in parts]
@@ -171,7 +171,7 @@ def test_corrected_tiles_only_touch_their_factors(target):
     given = {"bias": None, "addend": None, "dtype": torch.bfloat16}
     factors = kernel.prepare_factors([ones(40, 64, float("nan")).bfloat16().to(device)], [64], ACTIVATION)
     for rows in (torch.arange(9), torch.arange(0)):
-        term = LowRank(rows.to(device), ones(len(rows), 40).bfloat16().to(device), factors)
+        term = LowRank(Selection.of(rows.to(device), 600), ones(len(rows), 40).bfloat16().to(device), factors)
         found = kernel.gemm(quantized, held, **given, low_rank=[term])
         assert torch.equal(found[300:], kernel.gemm(quantized, held, **given)[300:])
         assert bool(found.isnan().any()) == bool(len(rows))
@@ -209,12 +209,21 @@ def test_a_captured_graph_reads_what_is_new(target, count):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_are_taken(target, dtype):
+    def taken(x, given, take):
+        return target.kernel.quantize(*moved((x, ACTIVATION, given, take), target.device)).taken.cpu()
+
+    for sizes in ((1, 1), (9, 130), (37, 576)):
+        cases.check_taken(taken, sizes, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_added_rows_in_any_dtype_and_number(target, dtype):
     packed, x = cases.weight(48, 192, FOUR), cases.rows(70, 192, dtype)
     for share in (0.0, 0.1, 1.0):
         given = {"add": cases.addend(70, 48, share, dtype), "bias": torch.randn(48), "dtype": dtype}
         assert torch.equal(run(target, x, packed, **given), cases.oracle(x, packed, ACTIVATION, **given))
-    whole = RowAddend(torch.arange(70), (torch.randn(70, 48),))
+    whole = RowAddend(Selection.of(torch.arange(70), 70), (torch.randn(70, 48),))
     assert torch.equal(run(target, x, packed, add=whole), cases.oracle(x, packed, ACTIVATION, add=whole))
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from masq.errors import NumericalError
-from masq.kernels.base import LowRank
+from masq.kernels.base import LowRank, Selection
 from masq.kernels.cuda import build, launch
 from masq.kernels.cuda.kernel import CudaKernel
 from masq.kernels.cuda.tiles import TILES
@@ -53,7 +53,9 @@ def product_is_exact(kernel: CudaKernel, count: int, inner: int, out: int) -> bo
     factors = kernel.prepare_factors([right], [out], ACTIVATION)
     assert factors is not None
     zeros = kernel.quantize(torch.zeros(count, inner), ACTIVATION, None)
-    corrected = kernel.gemm(zeros, held, **given, low_rank=[LowRank(torch.arange(count), u, factors)])
+    corrected = kernel.gemm(
+        zeros, held, **given, low_rank=[LowRank(Selection.of(torch.arange(count), count), u, factors)]
+    )
     return plain and torch.equal(corrected, u.float() @ right.float())
 
 

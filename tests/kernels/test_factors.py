@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from masq.kernels.base import LowRank
+from masq.kernels.base import LowRank, Selection
 from masq.kernels.build import BuildError
 from masq.kernels.cpu import ISAS, CpuKernel, best_isa
 from masq.numerics.scheme import TensorFormat
@@ -57,7 +57,7 @@ def test_corrected_rows_against_float64(factor_dtype, isa, sizes, count, bits):
             own = rights(ranks, sizes, seed, factor_dtype)
             u = torch.randn(len(rows), sum(ranks), generator=generator).bfloat16()
             factors = kernel.prepare_factors(own, sizes, ACTIVATION)
-            terms.append(LowRank(rows, u, factors))
+            terms.append(LowRank(Selection.of(rows, count), u, factors))
             column = start = 0
             for right, size, rank in zip(own, sizes, ranks, strict=True):
                 if right is not None:
@@ -95,7 +95,7 @@ def test_codes_are_multiplied_as_the_numbers_that_they_are(isa):
     codes, found = rights((40, 0, 3), sizes, 0, torch.int8), []
     u = torch.randn(count, 43, generator=torch.Generator().manual_seed(1)).bfloat16()
     for own in (codes, [None if one is None else one.bfloat16() for one in codes]):
-        term = LowRank(torch.arange(count), u, kernel.prepare_factors(own, sizes, ACTIVATION))
+        term = LowRank(Selection.of(torch.arange(count), count), u, kernel.prepare_factors(own, sizes, ACTIVATION))
         found.append(kernel.gemm(quantized, held, bias=None, addend=None, dtype=torch.bfloat16, low_rank=[term]))
     assert torch.equal(*found)
 

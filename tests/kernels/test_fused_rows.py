@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from masq import kernels
 from masq.errors import NumericalError
-from masq.kernels.base import Kernel, Norm, QuantizedActivation, RowSmoothing
+from masq.kernels.base import Kernel, Norm, QuantizedActivation, RowSmoothing, Selection
 from masq.kernels.build import BuildError
 from masq.kernels.cpu import ISAS, CpuKernel, best_isa
 from masq.kernels.reference import ReferenceKernel
@@ -54,6 +54,17 @@ def check(kernel: Kernel, made: QuantizedActivation, exact: torch.Tensor, fmt: T
     assert ((found - wanted).abs() <= 0.5 + 2 * fmt.qmax * slack).all()
 
 
+def check_taken(
+    made: QuantizedActivation, exact: torch.Tensor, take: Selection, dtype: torch.dtype, slack: float
+) -> None:
+    """Rows that were asked for are float64 ones but for ``slack`` (relative to the largest) and one rounding."""
+    assert made.taken is not None
+    wanted = exact[take.rows]
+    bound = UNITS[dtype] * wanted.abs() + slack * wanted.abs().amax(1, keepdim=True) + 2.0**-24
+    assert made.taken.dtype == dtype
+    assert ((made.taken.double() - wanted).abs() <= bound).all()
+
+
 def smoothings(count: int, inner: int) -> list[RowSmoothing | None]:
     smooth = cases.smoothing(count, inner, 3)
     return [None, smooth, cases.centring(count, inner), cases.centring(count, inner, smooth)]
@@ -72,19 +83,18 @@ def applied(exact: torch.Tensor, given: RowSmoothing | None) -> torch.Tensor:
 def test_rows_under_the_norm(kernel, dtype, count, inner):
     torch.manual_seed(count + inner)
     x, gamma = torch.randn(count, inner).to(dtype), (torch.rand(inner) + 0.5).to(dtype)
-    slack, keep = (inner + 32) * 2.0**-24, torch.arange(count) % 3 == 0
+    slack, take = (inner + 32) * 2.0**-24, cases.selection(count)
     exact = functional.rms_norm(x.double(), (inner,), gamma.double(), 1e-6)
     for fmt in (cases.per_token(8), replace(cases.per_token(4), clip=0.8)):
         for given in smoothings(count, inner):
-            made, kept = kernel.quantize_norm(x, Norm(gamma, 1e-6, keep), fmt, given)
+            made = kernel.quantize_norm(x, Norm(gamma, 1e-6), fmt, given, take)
             wanted = applied(exact, given)
             # A centre of a size like the rows' own may leave a small rest of two large numbers.
             worst = 1.0 if given is None or given.centre is None or not count else 8.0
             check(kernel, made, wanted, fmt, worst * slack)
-            assert kept.dtype == dtype
-            assert ((kept.double() - exact).abs() <= (UNITS[dtype] + slack) * exact.abs() + 2.0**-25)[keep].all()
-    made, kept = kernel.quantize_norm(x, Norm(gamma, 1e-6), cases.per_token(8), None)
-    assert kept is None
+            check_taken(made, wanted, take, dtype, worst * slack)
+    made = kernel.quantize_norm(x, Norm(gamma, 1e-6), cases.per_token(8), None)
+    assert made.taken is None
     check(kernel, made, exact, cases.per_token(8), slack)
 
 
@@ -97,12 +107,14 @@ def test_rows_of_silu_times_up(kernel, dtype, count, inner):
     if count:
         both[:, 0] = torch.linspace(-1000, 1000, count).to(dtype)
     gate, up = both.split(inner, dim=1)
-    exact = functional.silu(gate.double()) * up.double()
+    exact, take = functional.silu(gate.double()) * up.double(), cases.selection(count)
     for fmt in (cases.per_token(8), cases.per_token(4)):
         for given in smoothings(count, inner):
-            made = kernel.quantize_gate(gate, up, fmt, given)
+            made = kernel.quantize_gate(gate, up, fmt, given, take)
             worst = 1.0 if given is None or given.centre is None else 8.0
-            check(kernel, made, applied(exact, given), fmt, worst * 32 * 2.0**-24)
+            wanted = applied(exact, given)
+            check(kernel, made, wanted, fmt, worst * 32 * 2.0**-24)
+            check_taken(made, wanted, take, dtype, worst * 32 * 2.0**-24)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -114,7 +126,7 @@ def test_nothing_is_rounded_to_sixteen_bits_in_between(kernel, dtype):
     gate, up = both.split(576, dim=1)
     normed = functional.rms_norm(x.float(), (576,), gamma.float(), 1e-6)
     for made, rows in (
-        (kernel.quantize_norm(x, Norm(gamma, 1e-6), fmt, None)[0], normed),
+        (kernel.quantize_norm(x, Norm(gamma, 1e-6), fmt, None), normed),
         (kernel.quantize_gate(gate, up, fmt, None), functional.silu(gate.float()) * up.float()),
     ):
         codes = represented(kernel, made, 576) / made.scale
@@ -139,7 +151,7 @@ def test_every_exponential(kernel):
 def test_numbers_that_are_none_stay_so(kernel):
     x, gamma = torch.randn(4, 70), torch.ones(70)
     x[1, 3], x[2, 69] = float("nan"), float("inf")
-    made = [kernel.quantize_norm(x, Norm(gamma, 1e-6), cases.per_token(8), None)[0]]
+    made = [kernel.quantize_norm(x, Norm(gamma, 1e-6), cases.per_token(8), None)]
     made.append(kernel.quantize_gate(x, torch.ones(4, 70), cases.per_token(8), None))
     for one in made:
         assert one.scale.isfinite().flatten().tolist() == [True, False, False, True]
@@ -163,9 +175,16 @@ def test_rows_that_a_kernel_would_misread_are_refused():
         pytest.skip(str(error))
     x, gamma, fmt = torch.ones(3, 8), torch.ones(8), cases.per_token(8)
     bad = [gamma[:4], torch.ones(16)[::2], gamma.double()]
-    for norm in (*(Norm(one, 0.0) for one in bad), Norm(gamma, 0.0, torch.ones(2, dtype=torch.bool))):
+    for one in bad:
         with pytest.raises(NumericalError, match="a norm must have a contiguous gamma"):
-            kernel.quantize_norm(x, norm, fmt, None)
+            kernel.quantize_norm(x, Norm(one, 0.0), fmt, None)
+    some, places = torch.arange(2), torch.zeros(3, dtype=torch.int32)
+    for take in (Selection.of(some, 2), Selection(some, places.long()), Selection(some.int(), places)):
+        for call, rows in ((kernel.quantize, (x,)), (kernel.quantize_norm, (x, Norm(gamma, 0.0)))):
+            with pytest.raises(NumericalError, match="a selection must tell int64 numbers of rows"):
+                call(*rows, fmt, None, take)
+        with pytest.raises(NumericalError, match="a selection must tell int64 numbers of rows"):
+            kernel.quantize_gate(x, x, fmt, None, take)
     for gate, up in ((x, x.bfloat16()), (torch.ones(8, 3).t(), x), (x, torch.ones(3, 16)), (x.double(), x.double())):
         with pytest.raises(NumericalError, match="gate and up must be matrices of one shape and dtype"):
             kernel.quantize_gate(gate, up, fmt, None)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from masq.kernels.base import RowAddend, RowSmoothing
+from masq.kernels.base import RowAddend, RowSmoothing, Selection
 from masq.kernels.reference import ReferenceKernel
+from masq.kernels.torch_int8 import TorchKernel
 from masq.models.base import Modality
 from masq.modules.modality import ModalityContext
 from masq.modules.quant_linear import QuantLinear
 from masq.numerics.affine import quantize
 from masq.numerics.packing import pack
 from masq.numerics.scheme import TensorFormat
+from tests.kernels import cases
 
 KERNEL = ReferenceKernel()
 UNIT = 2.0**-24
@@ -145,14 +147,14 @@ def test_what_is_added_is_added_in_float32_and_rounded_once(dtype, values_dtype,
     prepared = KERNEL.prepare(pack(quantized), activation)
     plain = KERNEL.gemm(rows, prepared, bias=None, addend=None, dtype=torch.float32)
     bias = rand(5, seed=4)
-    addend = RowAddend(torch.tensor([4, 0]), (rand(2, 5, seed=5).to(values_dtype),))
+    addend = RowAddend(Selection.of(torch.tensor([4, 0]), 6), (rand(2, 5, seed=5).to(values_dtype),))
     found = KERNEL.gemm(rows, prepared, bias=bias, addend=addend, dtype=dtype)
     wanted = plain.clone()
     for place, row in enumerate((4, 0)):
         wanted[row] = wanted[row] + addend.values[0][place].float()
     assert found.dtype == dtype
     assert torch.equal(found, (wanted + bias).to(dtype))
-    empty = RowAddend(torch.zeros(0, dtype=torch.int64), (torch.zeros(0, 5, dtype=values_dtype),))
+    empty = RowAddend(Selection.of(torch.zeros(0, dtype=torch.int64), 6), (torch.zeros(0, 5, dtype=values_dtype),))
     assert torch.equal(KERNEL.gemm(rows, prepared, bias=None, addend=empty, dtype=torch.float32), plain)
 
 
@@ -177,3 +179,10 @@ def test_smoothing_is_chosen_by_row():
     assert found.scale is None
     for row, factor in enumerate(which):
         assert torch.equal(found.data[row], x[row].float() * inverse[factor])
+
+
+@pytest.mark.parametrize("kernel", [KERNEL, TorchKernel()], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", [None, TensorFormat(8, granularity="per_token")], ids=str)
+def test_smoothed_rows_that_are_taken(kernel, dtype, activation):
+    cases.check_taken(lambda x, given, take: kernel.quantize(x, activation, given, take).taken, (9, 21), dtype)

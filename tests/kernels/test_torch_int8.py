@@ -212,7 +212,7 @@ def test_what_is_added_is_added_in_float32(dtype):
         x = cases.rows(count, 192, dtype)
         bias, added = torch.randn(48), cases.addend(count, 48, 0.6, torch.bfloat16)
         wanted = cases.run(KERNEL, x, packed, None)
-        wanted[added.rows] += torch.cat(added.values, dim=1).float()
+        wanted[added.selected.rows] += torch.cat(added.values, dim=1).float()
         assert torch.equal(
             cases.run(KERNEL, x, packed, None, bias=bias, add=added, dtype=dtype), (wanted + bias).to(dtype)
         )

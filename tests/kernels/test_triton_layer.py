@@ -19,7 +19,6 @@ OPERATIONS = [
     "silu_mul_smooth_quantize",
     "norm_smooth_quantize",
     "multiply_codes",
-    "low_rank_down",
 ]
 
 
@@ -29,7 +28,7 @@ def test_layers_in_a_compiled_graph(triton_device, launches):
     held = KERNEL.prepare(packed, ACTIVATION)
 
     def layer(x):
-        codes, scale = launches.smooth_quantize(x, None, None, 127, 127.0)
+        codes, scale = launches.smooth_quantize(x, 127, 127.0)[:2]
         rest = (held.tensors["codes"], held.tensors["scale"], None, None, None, [], [], [], [], True, x.dtype)
         return launches.multiply_codes(codes, scale, *rest)
 
@@ -44,17 +43,18 @@ def test_layers_of_operations_that_torch_checks(triton_device, launches, name):
     """Schema, what is returned without data, and dynamic shapes, by torch's own test of operations."""
     x, smooth = cases.rows(5, 192, torch.bfloat16).to(triton_device), moved(cases.smoothing(5, 192, 3), triton_device)
     held = KERNEL.prepare(moved(cases.weight(48, 192, TensorFormat(4)), triton_device), ACTIVATION)
-    codes, scale = launches.smooth_quantize(x, smooth.inverse, smooth.rows, 127, 127.0)
+    ends, take = (127, 127.0), moved(cases.selection(5), triton_device)
+    codes, scale, _ = launches.smooth_quantize(x, *ends, smooth.inverse, smooth.rows)
+    wanted = {"rows": take.rows, "places": take.places}
     weight = (held.tensors["codes"], held.tensors["scale"], None, None, None)
     arguments = {
-        "smooth_quantize": (x, smooth.inverse, smooth.rows, 127, 127.0),
-        "multiply_codes": (codes, scale, *weight, [], [], [], [], True, torch.float32),
-        "silu_mul_smooth_quantize": (x, x, smooth.inverse, None, 127, 127.0),
-        "norm_smooth_quantize": (x, x, x[0], 1e-6, smooth.inverse, smooth.rows, scale[:, 0] > 0, 127, 127.0),
-        "low_rank_down": (x, smooth.rows, smooth.inverse, smooth.rows, x[:, :7].new_ones(192, 7)),
+        "smooth_quantize": ((x, *ends, smooth.inverse, smooth.rows), wanted),
+        "multiply_codes": ((codes, scale, *weight, [], [], [], [], True, torch.float32), {}),
+        "silu_mul_smooth_quantize": ((x, x, *ends, smooth.inverse), {}),
+        "norm_smooth_quantize": ((x, x, x[0], 1e-6, *ends, smooth.inverse, smooth.rows, x[:2], None), wanted),
     }
     assert sorted(arguments) == sorted(OPERATIONS)
-    torch.library.opcheck(getattr(launches, name), arguments[name])
+    torch.library.opcheck(getattr(launches, name), *arguments[name])
 
 
 @pytest.mark.parametrize("coded", [False, True])

@@ -1,4 +1,4 @@
-"""Rows in Triton, from smoothed to projected, against the reference and float64.
+"""Rows in Triton, as they are, under a norm and gated, against the reference and float64.
 
 In Triton's interpreter, or on a GPU where there is one (``-m gpu``).
 Whatever the kernels allocate is filled with NaN or garbage first.
@@ -82,18 +82,23 @@ def test_rows_that_are_not_finite_do_not_pass_for_numbers(triton_device):
     assert not found[[2, 4, 6]].isfinite().all(1).any()
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rank", [7, 71])
-def test_rows_projected_on_the_first_factor(triton_device, dtype, rank):
-    x, left = cases.rows(90, 300, dtype) / 100, torch.randn(300, rank).to(dtype)
-    smooth, rows = cases.smoothing(90, 300, 3), torch.randperm(90)[:70]
-    for given in (smooth, RowSmoothing(smooth.inverse[:1].contiguous(), None), None):
-        u = fused.project(*(moved(one, triton_device) for one in (x, rows, given, left))).cpu()
-        smoothed = cases.ReferenceKernel().smooth(x, rows, given).double()
-        exact, magnitude = smoothed @ left.double(), smoothed.abs() @ left.double().abs()
-        assert u.dtype == dtype
-        assert ((u.double() - exact).abs() <= 304 * 2.0**-23 * magnitude + UNITS[dtype] * exact.abs() + 2.0**-25).all()
-    assert fused.project(*(moved(one, triton_device) for one in (x, rows[:0], None, left))).shape == (0, rank)
+def test_rows_that_are_taken(triton_device, launches, monkeypatch, wide, dtype):
+    read_twice(launches, monkeypatch, wide)
+
+    def taken(x, given, take):
+        return KERNEL.quantize(*moved((x, ACTIVATION, given, take), triton_device)).taken.cpu()
+
+    for sizes in ((1, 1), (7 if wide else 37, 300)):
+        cases.check_taken(taken, sizes, dtype)
+
+
+def check_near(found, exact, dtype, slack):
+    """Rows known in float64, but for ``slack`` (relative to the largest) and one rounding."""
+    bound = UNITS[dtype] * exact.abs() + slack * exact.abs().amax(1, keepdim=True) + 2.0**-24
+    assert found.dtype == dtype
+    assert ((found.cpu().double() - exact).abs() <= bound).all()
 
 
 def check_codes(quantized, exact, slack):
@@ -111,29 +116,20 @@ def check_codes(quantized, exact, slack):
 def test_rows_under_the_norm(triton_device, dtype, residual):
     for count, inner in ((1, 1), (5, 130), (37, 576)):
         x, other, gamma = (part.to(dtype) for part in (*torch.randn(2, count, inner), torch.rand(inner) + 0.5))
-        smooth, keep = cases.smoothing(count, inner, 3), torch.arange(count) % 3 == 0
-        more = {"residual": other if residual else None, "keep": keep}
-        more = {name: moved(one, triton_device) for name, one in more.items()}
-        found = fused.normalize(
-            *(x.to(triton_device), gamma.to(triton_device), 1e-6, ACTIVATION, moved(smooth, triton_device)), **more
-        )
+        smooth, take = cases.smoothing(count, inner, 3), cases.selection(count)
+        norm, on_device = Norm(gamma, 1e-6), moved(other if residual else None, triton_device)
+        found, summed = fused.normalize(*moved((x, norm, ACTIVATION, smooth, take), triton_device), residual=on_device)
         total = x + other if residual else x
-        assert torch.equal(found.summed.cpu(), total) if residual else found.summed is None
+        assert torch.equal(summed.cpu(), total) if residual else summed is None
         exact = torch.nn.functional.rms_norm(total.double(), (inner,), gamma.double(), 1e-6)
         inverse = smooth.inverse[smooth.rows].double()
-        check_codes(found.activation, exact * inverse, (inner + 16) * 2.0**-24)
+        check_codes(found, exact * inverse, (inner + 16) * 2.0**-24)
+        check_near(found.taken, (exact * inverse)[take.rows], dtype, (inner + 16) * 2.0**-24)
         centred = cases.centring(count, inner, smooth)
-        made, none = KERNEL.quantize_norm(
-            *((total if residual else x).to(triton_device), Norm(gamma.to(triton_device), 1e-6)),
-            *(ACTIVATION, moved(centred, triton_device)),
-        )
-        assert none is None
+        made = KERNEL.quantize_norm(*moved((total, norm, ACTIVATION, centred), triton_device))
+        assert made.taken is None
         rows = (exact - centred.centre[centred.centre_rows].double()) * inverse
         check_codes(made, rows, 8 * (inner + 16) * 2.0**-24)
-        normalized = found.normalized.cpu()
-        bound = (UNITS[dtype] + (inner + 16) * 2.0**-24) * exact.abs()
-        assert ((normalized.double() - exact).abs() <= bound)[keep].all()
-        assert normalized[~keep].isnan().all()
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -150,18 +146,20 @@ def test_rows_of_silu_times_up(triton_device, launches, monkeypatch, wide, dtype
             found = fused.silu_times_up(*parts, ACTIVATION, moved(given, triton_device))
             check_codes(found, exact * factor, 16 * 2.0**-24)
         centred = cases.centring(count, inner, smooth)
-        found = KERNEL.quantize_gate(*parts, ACTIVATION, moved(centred, triton_device))
+        take = cases.selection(count)
+        found = KERNEL.quantize_gate(*parts, ACTIVATION, *moved((centred, take), triton_device))
         rows = (exact - centred.centre[centred.centre_rows].double()) * smooth.inverse[smooth.rows].double()
         check_codes(found, rows, 8 * 16 * 2.0**-24)
+        check_near(found.taken, rows[take.rows], dtype, 8 * 16 * 2.0**-24)
 
 
 def test_rows_normalized_and_multiplied(triton_device):
     """What comes out of the norm is what a product takes."""
     x, gamma, packed = torch.randn(9, 130), torch.ones(130), cases.weight(33, 130, TensorFormat(4))
-    found = fused.normalize(x.to(triton_device), gamma.to(triton_device), 1e-6, ACTIVATION, None)
-    assert found.summed is None
-    assert found.normalized is None
+    found, summed = fused.normalize(x.to(triton_device), Norm(gamma.to(triton_device), 1e-6), ACTIVATION, None)
+    assert summed is None
+    assert found.taken is None
     held = KERNEL.prepare(moved(packed, triton_device), ACTIVATION)
-    y = KERNEL.gemm(found.activation, held, bias=None, addend=None, dtype=torch.float32).cpu()
+    y = KERNEL.gemm(found, held, bias=None, addend=None, dtype=torch.float32).cpu()
     wanted = cases.oracle(torch.nn.functional.rms_norm(x, (130,), gamma, 1e-6), packed, ACTIVATION)
     assert float((y - wanted).norm() / wanted.norm()) < 1e-2

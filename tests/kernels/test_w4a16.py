@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from masq.kernels.base import LinearSpec, RowAddend, RowSmoothing
+from masq.kernels.base import LinearSpec, RowAddend, RowSmoothing, Selection
 from masq.kernels.build import BuildError
 from masq.kernels.cpu import ISAS, CpuKernel, best_isa
 from masq.kernels.w4a16 import VNNI
@@ -149,9 +149,11 @@ def test_what_is_added_is_added_in_float32_and_rounded_once(kernel, threads, num
     added = cases.addend(num_rows, 33, 0.6, values_dtype)
     found = kernel.gemm(rows, prepared, bias=bias, addend=added, dtype=dtype)
     wanted = plain.clone()
-    wanted[added.rows] += torch.cat(added.values, dim=1).float()
+    wanted[added.selected.rows] += torch.cat(added.values, dim=1).float()
     assert torch.equal(found, (wanted + bias).to(dtype))
-    none = RowAddend(torch.zeros(0, dtype=torch.int64), (torch.zeros(0, 33, dtype=values_dtype),))
+    none = RowAddend(
+        Selection.of(torch.zeros(0, dtype=torch.int64), num_rows), (torch.zeros(0, 33, dtype=values_dtype),)
+    )
     assert torch.equal(kernel.gemm(rows, prepared, bias=None, addend=none, dtype=torch.float32), plain)
 
 

@@ -80,13 +80,10 @@ struct Source {
   const void* gamma;     // kNorm: [K]
   int gamma_dtype;
   float eps;             // kNorm: added to the mean of squares
-  const uint8_t* keep;   // kNorm: [M], rows whose normalized values are wanted, or null for none
-  void* kept;            // kNorm: where they go, [M, K] in the dtype of x
 
   static constexpr int64_t size_of(int dtype) { return dtype == kFloat ? 4 : 2; }
   const void* line(int64_t row) const { return (const char*)x + row * stride * size_of(dtype); }
   const void* other_line(int64_t row) const { return (const char*)other + row * other_stride * size_of(dtype); }
-  bool keeps(int64_t row) const { return keep && keep[row]; }
 };
 
 void make_row_scalar(const Source& source, int64_t row, int64_t k, float* made) {
@@ -105,7 +102,6 @@ void make_row_scalar(const Source& source, int64_t row, int64_t k, float* made) 
   const float factor = 1.0f / sqrtf(squares / (float)k + source.eps);
   for (int64_t j = 0; j < k; ++j) {
     made[j] = made[j] * factor * load(source.gamma, j, source.gamma_dtype);
-    if (source.keeps(row)) store(source.kept, row * k + j, source.dtype, made[j]);
   }
 }
 
@@ -146,9 +142,7 @@ AVX512_TARGET void make_row_avx512(const Source& source, int64_t row, int64_t k,
   for (int64_t j = 0; j < k; j += 16) {
     const __mmask16 mask = k - j >= 16 ? 0xffff : (__mmask16)((1u << (k - j)) - 1);
     const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, made + j), factor);
-    const __m512 value = _mm512_mul_ps(scaled, load16(source.gamma, j, source.gamma_dtype, mask));
-    _mm512_mask_storeu_ps(made + j, mask, value);
-    if (source.keeps(row)) store16(source.kept, row * k + j, source.dtype, mask, value);
+    _mm512_mask_storeu_ps(made + j, mask, _mm512_mul_ps(scaled, load16(source.gamma, j, source.gamma_dtype, mask)));
   }
 }
 
@@ -164,9 +158,11 @@ struct Rows {
   float divisor;  // Largest magnitude over scale: qmax, or more where ranges are cut off.
   int8_t* codes;
   float* scale;
+  const int32_t* places;  // [M], where among the taken rows a row goes, -1 for nowhere; null where none is taken
+  void* taken;            // Smoothed rows in the dtype in which they came
 
   const float* factors(int64_t row) const { return inverse ? inverse + (which ? which[row] : 0) * k : nullptr; }
-  const uint16_t* taken(int64_t row) const {
+  const uint16_t* centre_of(int64_t row) const {
     return centre ? centre + (which_centre ? which_centre[row] : 0) * k : nullptr;
   }
   int8_t* block(int64_t row, int64_t b) const {
@@ -185,7 +181,7 @@ inline bool is_finite(float value) { return (float_to_bits(value) & 0x7f800000u)
 
 void quantize_row_scalar(const Rows& rows, const void* line, int dtype, int64_t row, float* smoothed) {
   const float* factors = rows.factors(row);
-  const uint16_t* centre = rows.taken(row);
+  const uint16_t* centre = rows.centre_of(row);
   uint32_t largest = 0;
   for (int64_t j = 0; j < rows.k; ++j) {
     float value = load(line, j, dtype);
@@ -213,7 +209,7 @@ void quantize_row_scalar(const Rows& rows, const void* line, int dtype, int64_t 
 template <int DTYPE, int SMOOTH, int CENTRE>
 AVX512_TARGET uint32_t smooth_row_avx512(const Rows& rows, const void* line, int64_t row, float* smoothed) {
   const float* factors = rows.factors(row);
-  const uint16_t* centre = rows.taken(row);
+  const uint16_t* centre = rows.centre_of(row);
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   __m512i largest = _mm512_setzero_si512();
   const int64_t whole = rows.k / 16 * 16;
@@ -285,6 +281,13 @@ AVX512_TARGET void quantize_row_avx512(const Rows& rows, const void* line, int d
   }
 }
 
+AVX512_TARGET void round_row_avx512(const float* values, void* out, int64_t from, int64_t k, int dtype) {
+  for (int64_t j = 0; j < k; j += 16) {
+    __mmask16 mask = k - j >= 16 ? 0xffff : (__mmask16)((1u << (k - j)) - 1);
+    store16(out, from + j, dtype, mask, _mm512_loadu_ps(values + j));
+  }
+}
+
 void quantize_rows(const Source& source, const Rows& rows, int isa, int threads) {
   const int64_t blocks = (rows.k + kBlock - 1) / kBlock;
   if (rows.m > kFewRows && rows.m % kTileRows) {  // Tiles read whole lines; few rows never go through tiles.
@@ -306,28 +309,25 @@ void quantize_rows(const Source& source, const Rows& rows, int isa, int threads)
       const int dtype = plain ? source.dtype : kFloat;
       if (isa >= kVnni) quantize_row_avx512(rows, line, dtype, row, smoothed);
       else quantize_row_scalar(rows, line, dtype, row, smoothed);
+      if (!rows.places || rows.places[row] < 0) continue;
+      const int64_t to = rows.places[row] * rows.k;
+      if (isa >= kVnni) round_row_avx512(smoothed, rows.taken, to, rows.k, source.dtype);
+      else for (int64_t j = 0; j < rows.k; ++j) store(rows.taken, to + j, source.dtype, smoothed[j]);
     }
     delete[] smoothed;
   }
 }
 
-AVX512_TARGET void round_row(const float* values, void* out, int64_t from, int64_t k, int dtype) {
-  for (int64_t j = 0; j < k; j += 16) {
-    __mmask16 mask = k - j >= 16 ? 0xffff : (__mmask16)((1u << (k - j)) - 1);
-    store16(out, from + j, dtype, mask, _mm512_loadu_ps(values + j));
-  }
-}
-
-void smooth_rows(const Source& source, const Rows& rows, const int64_t* take, void* out, int threads) {
+// AVX512 alone.
+void smooth_rows(const Source& source, const Rows& rows, void* out, int threads) {
   if (rows.m * rows.k < kParallelWork) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     float* smoothed = new float[(rows.k + kBlock - 1) / kBlock * kBlock];
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows.m; ++row) {
-      const int64_t from = take ? take[row] : row;
-      smooth_row_avx512(rows, source.line(from), source.dtype, from, smoothed);
-      round_row(smoothed, out, row * rows.k, rows.k, source.dtype);
+      smooth_row_avx512(rows, source.line(row), source.dtype, row, smoothed);
+      round_row_avx512(smoothed, out, row * rows.k, rows.k, source.dtype);
     }
     delete[] smoothed;
   }
@@ -799,34 +799,35 @@ int64_t masq_code_bytes(int64_t m, int64_t k) {
 
 void masq_quantize(const void* x, int dtype, const float* inverse, const int64_t* which, const uint16_t* centre,
                    const int64_t* which_centre, int64_t m, int64_t k, int qmax, float divisor, int8_t* codes,
-                   float* scale, int isa, int threads) {
-  const Rows rows{inverse, which, centre, which_centre, m, k, qmax, divisor, codes, scale};
-  quantize_rows(Source{kPlain, x, dtype, k, nullptr, 0, nullptr, 0, 0, nullptr, nullptr}, rows, isa, threads);
+                   float* scale, const int32_t* places, void* taken, int isa, int threads) {
+  const Rows rows{inverse, which, centre, which_centre, m, k, qmax, divisor, codes, scale, places, taken};
+  quantize_rows(Source{kPlain, x, dtype, k, nullptr, 0, nullptr, 0, 0}, rows, isa, threads);
 }
 
-// Rows under RMSNorm, those that keep names also in their own dtype.
-void masq_quantize_norm(const void* x, int dtype, const void* gamma, int gamma_dtype, float eps, const uint8_t* keep,
-                        void* kept, const float* inverse, const int64_t* which, const uint16_t* centre,
-                        const int64_t* which_centre, int64_t m, int64_t k, int qmax, float divisor, int8_t* codes,
-                        float* scale, int isa, int threads) {
-  const Rows rows{inverse, which, centre, which_centre, m, k, qmax, divisor, codes, scale};
-  quantize_rows(Source{kNorm, x, dtype, k, nullptr, 0, gamma, gamma_dtype, eps, keep, kept}, rows, isa, threads);
+// Rows under RMSNorm.
+void masq_quantize_norm(const void* x, int dtype, const void* gamma, int gamma_dtype, float eps, const float* inverse,
+                        const int64_t* which, const uint16_t* centre, const int64_t* which_centre, int64_t m, int64_t k,
+                        int qmax, float divisor, int8_t* codes, float* scale, const int32_t* places, void* taken, int isa,
+                        int threads) {
+  const Rows rows{inverse, which, centre, which_centre, m, k, qmax, divisor, codes, scale, places, taken};
+  quantize_rows(Source{kNorm, x, dtype, k, nullptr, 0, gamma, gamma_dtype, eps}, rows, isa, threads);
 }
 
 // SiLU(gate) * up, rows of each so many elements apart.
 void masq_quantize_gate(const void* gate, const void* up, int dtype, int64_t gate_stride, int64_t up_stride,
                         const float* inverse, const int64_t* which, const uint16_t* centre, const int64_t* which_centre,
-                        int64_t m, int64_t k, int qmax, float divisor, int8_t* codes, float* scale, int isa, int threads) {
-  const Rows rows{inverse, which, centre, which_centre, m, k, qmax, divisor, codes, scale};
-  const Source source{kGate, gate, dtype, gate_stride, up, up_stride, nullptr, 0, 0, nullptr, nullptr};
+                        int64_t m, int64_t k, int qmax, float divisor, int8_t* codes, float* scale,
+                        const int32_t* places, void* taken, int isa, int threads) {
+  const Rows rows{inverse, which, centre, which_centre, m, k, qmax, divisor, codes, scale, places, taken};
+  const Source source{kGate, gate, dtype, gate_stride, up, up_stride, nullptr, 0, 0};
   quantize_rows(source, rows, isa, threads);
 }
 
-// Smoothed rows in their own dtype: m of them, those that take names or the first; AVX512 alone.
+// Smoothed rows in their own dtype; AVX512 alone.
 void masq_smooth(const void* x, int dtype, const float* inverse, const int64_t* which, const uint16_t* centre,
-                 const int64_t* which_centre, const int64_t* take, int64_t m, int64_t k, void* out, int threads) {
-  const Rows rows{inverse, which, centre, which_centre, m, k, 1, 1.0f, nullptr, nullptr};
-  smooth_rows(Source{kPlain, x, dtype, k, nullptr, 0, nullptr, 0, 0, nullptr, nullptr}, rows, take, out, threads);
+                 const int64_t* which_centre, int64_t m, int64_t k, void* out, int threads) {
+  const Rows rows{inverse, which, centre, which_centre, m, k, 1, 1.0f, nullptr, nullptr, nullptr, nullptr};
+  smooth_rows(Source{kPlain, x, dtype, k, nullptr, 0, nullptr, 0, 0}, rows, out, threads);
 }
 
 void masq_gemm(const int8_t* codes, const float* a_scale, const uint8_t* w, const float* w_scale, const int32_t* offset,

@@ -19,6 +19,7 @@ from masq.kernels.base import (
     RowAddend,
     RowBias,
     RowSmoothing,
+    Selection,
 )
 from masq.kernels.build import BuildError
 from masq.kernels.checks import check_rows
@@ -94,7 +95,11 @@ class CudaKernel(Kernel):
         )
 
     def quantize(
-        self, x: torch.Tensor, activation: TensorFormat | None, smoothing: RowSmoothing | None
+        self,
+        x: torch.Tensor,
+        activation: TensorFormat | None,
+        smoothing: RowSmoothing | None,
+        take: Selection | None = None,
     ) -> QuantizedActivation:
         """See ``Kernel.quantize``; the codes are uint8 [N, I rounded up to 128, by 2].
 
@@ -102,11 +107,8 @@ class CudaKernel(Kernel):
             NumericalError: rows or factors of another dtype, shape or layout.
         """
         assert activation is not None, "see not_supported_reasons"
-        check_rows(x, smoothing)
-        if smoothing is not None:
-            x, smoothing = smoothing.without_centre(x)
-        codes, scale = launch.quantize(self._library(x.device), x, smoothing, activation)
-        return QuantizedActivation(codes, scale, len(x))
+        check_rows(x, smoothing, take)
+        return launch.quantize(self._library(x.device), x, activation, smoothing, take)
 
     def prepare_factors(
         self, rights: Sequence[torch.Tensor | None], sizes: Sequence[int], activation: TensorFormat | None

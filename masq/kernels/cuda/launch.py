@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from masq.kernels.base import RowAddend, RowSmoothing, places
+from masq.kernels.base import QuantizedActivation
 from masq.kernels.cuda.tiles import LINE, TILES, choose, num_slices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from masq.kernels.base import LowRank
+    from masq.kernels.base import LowRank, RowAddend, RowSmoothing, Selection
     from masq.numerics.scheme import TensorFormat
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -32,7 +32,8 @@ _EMULATED_PROCESSORS = 2
 
 class _Rows(ctypes.Structure):
     _fields_ = (
-        *((name, _POINTER) for name in ("x", "inverse", "vectors", "codes", "scales")),
+        *((name, _POINTER) for name in ("x", "inverse", "vectors", "centre", "centres", "places")),
+        *((name, _POINTER) for name in ("codes", "scales", "taken")),
         *((name, _LONG) for name in ("rows", "inputs", "line")),
         *((name, _INT) for name in ("type", "qmax")),
         ("divisor", _FLOAT),
@@ -65,9 +66,9 @@ def processors(device: torch.device) -> int:
 
 
 def quantize(
-    library: Any, x: torch.Tensor, smoothing: RowSmoothing | None, fmt: TensorFormat
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes uint8 [N, P / 2], the even input in the lower half of a byte, and scales float32 [N, 1] of x [N, I]."""
+    library: Any, x: torch.Tensor, fmt: TensorFormat, smoothing: RowSmoothing | None, take: Selection | None
+) -> QuantizedActivation:
+    """See ``Kernel.quantize``: codes uint8 [N, P / 2], the even input in the lower half of a byte."""
     if x.data_ptr() % 16:
         x = x.clone()
     num_rows, inputs = x.shape
@@ -78,10 +79,14 @@ def quantize(
     given.rows, given.inputs, given.line, given.type = num_rows, inputs, line, DTYPES[x.dtype]
     given.qmax, given.divisor = fmt.qmax, fmt.divisor
     if smoothing is not None:
-        assert smoothing.inverse is not None
-        given.inverse, given.vectors = smoothing.inverse.data_ptr(), _pointer(smoothing.rows)
+        given.inverse, given.vectors = _pointer(smoothing.inverse), _pointer(smoothing.rows)
+        given.centre, given.centres = _pointer(smoothing.centre), _pointer(smoothing.centre_rows)
+    taken = None
+    if take is not None:
+        taken = x.new_empty(len(take), inputs)
+        given.places, given.taken = take.places.data_ptr(), taken.data_ptr()
     _call(library, library.masq_cuda_quantize, x.device, given)
-    return codes, scale
+    return QuantizedActivation(codes, scale, num_rows, taken)
 
 
 def multiply(  # noqa: PLR0913
@@ -120,21 +125,21 @@ def multiply(  # noqa: PLR0913
 
 def _set_addend(given: _Product, addend: RowAddend | None) -> list[torch.Tensor]:
     """Fill in what is added to rows; returns the tensors that must live until the call."""
-    if addend is None or not len(addend.rows):
+    if addend is None or not len(addend.selected):
         return []
     values = addend.values[0] if len(addend.values) == 1 else torch.cat(addend.values, dim=1)
-    where = places(addend.rows, given.rows)
+    where = addend.selected.places
     given.added, given.added_places, given.added_type = values.data_ptr(), where.data_ptr(), DTYPES[values.dtype]
     return [values, where]
 
 
 def _set_terms(given: _Product, low_rank: Sequence[LowRank]) -> list[torch.Tensor]:
     """Fill in corrections; returns the tensors that must live until the call."""
-    terms = [term for term in low_rank if len(term.rows)]
+    terms = [term for term in low_rank if len(term.selected)]
     assert len(terms) <= MAX_TERMS, "one for each modality"
     kept = []
     for entry, term in zip(given.terms, terms, strict=False):
-        where, right, parts = places(term.rows, given.rows), *(term.factors.tensors[n] for n in ("right", "parts"))
+        where, right, parts = term.selected.places, *(term.factors.tensors[n] for n in ("right", "parts"))
         entry.u, entry.places, entry.right, entry.parts = (one.data_ptr() for one in (term.u, where, right, parts))
         entry.width, entry.depth = term.u.shape[1], right.shape[1]
         entry.num_parts, entry.coded = len(parts), int(right.dtype == torch.int8)

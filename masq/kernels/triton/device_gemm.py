@@ -1,4 +1,4 @@
-"""Triton code of products: int8 rows times int8 or int4 weights, and the first factor of a low-rank correction.
+"""Triton code of products: int8 rows times int8 or int4 weights, and the second factor of low-rank corrections.
 
 A tile is computed transposed, outputs by rows, ``acc[BLOCK_N, BLOCK_M] = W X^T``: 4-bit weights are then unpacked in
 the registers from which tensor cores take their first operand (the arrangement of LiquidGEMM, arXiv 2509.01229), and
@@ -290,46 +290,3 @@ def combine(  # noqa: PLR0913
     if bias is not None:
         values += tl.load(bias + out, mask=there_n, other=0.0)[:, None]
     tl.store(y + at, rounded(values, y.dtype.element_ty, INTERPRETED), mask=there)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def project(  # noqa: PLR0913
-    x,
-    rows,
-    inverse,
-    vectors,
-    left,
-    u,
-    num_rows,
-    num_inner,
-    num_ranks,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """U [n, R] = (x[rows] * inverse[vectors[rows]]) @ left, smoothed rows rounded to the dtype of x as they are read.
-
-    ``rows``: int64 [n] into x [M, I]; ``left``: [I, R] in the dtype of x; sums in float32.
-    """
-    at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    alive, there = at < num_rows, rank < num_ranks
-    row = tl.load(rows + at, mask=alive, other=0)
-    vector = tl.zeros((BLOCK_M,), tl.int64)
-    if vectors is not None:
-        vector = tl.load(vectors + row, mask=alive, other=0)
-    values = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(0, num_inner, BLOCK_K):
-        inner = start + tl.arange(0, BLOCK_K)
-        inside = inner < num_inner
-        a = tl.load(x + row[:, None] * num_inner + inner[None, :], mask=inside[None, :], other=0.0)
-        if inverse is not None:
-            factor = tl.load(inverse + vector[:, None] * num_inner + inner[None, :], mask=inside[None, :], other=0.0)
-            a = rounded(a.to(tl.float32) * factor, x.dtype.element_ty, INTERPRETED)
-        b = tl.load(left + inner[:, None] * num_ranks + rank[None, :], mask=inside[:, None] & there[None, :], other=0.0)
-        if INTERPRETED:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        values = tl.dot(a, b, values, input_precision="ieee")
-    to = u + at[:, None].to(tl.int64) * num_ranks + rank[None, :]
-    tl.store(to, rounded(values, u.dtype.element_ty, INTERPRETED), mask=alive[:, None] & there[None, :])

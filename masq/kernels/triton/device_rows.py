@@ -83,11 +83,11 @@ def quantize_rows(  # noqa: PLR0913
     vectors,
     centre,
     centres,
-    keep,
+    places,
     codes,
     scales,
     summed,
-    normed,
+    taken,
     num_rows,
     num_inner,
     num_padded,
@@ -104,8 +104,8 @@ def quantize_rows(  # noqa: PLR0913
     """Codes int8 [N, P], zero from I on, and scales float32 [N] of x [N, I]; one program takes ``ROWS`` rows.
 
     ``other``: residual or up, [N, I]; ``vectors``: int64 [N] into ``inverse`` float32 [U, I]; ``centres``: int64 [N]
-    into ``centre`` bfloat16 [C, I]; ``summed``: where x plus the residual goes; ``normed``: where normalized rows go,
-    those that ``keep`` (int8 [N]) names.
+    into ``centre`` bfloat16 [C, I]; ``summed``: where x plus the residual goes; ``taken``: where smoothed rows go, each
+    to its place of ``places`` (int32 [N], -1 for nowhere).
     """
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, COLUMNS)
@@ -125,13 +125,14 @@ def quantize_rows(  # noqa: PLR0913
             values = stored.to(tl.float32)
     if SOURCE == _NORM:
         values = _normalized(values, gamma, column, num_inner, eps)
-        if keep is not None:
-            kept = inside & (tl.load(keep + row, mask=alive, other=0) != 0)[:, None]
-            tl.store(normed + at, rounded(values, normed.dtype.element_ty, INTERPRETED), mask=kept)
     if centre is not None:
         values -= _of_rows(centre, centres, row, alive, column, num_inner)
     if inverse is not None:
         values *= _of_rows(inverse, vectors, row, alive, column, num_inner)
+    if places is not None:
+        place = tl.load(places + row, mask=alive, other=-1).to(tl.int64)
+        to = taken + place[:, None] * num_inner + column[None, :]
+        tl.store(to, rounded(values, taken.dtype.element_ty, INTERPRETED), mask=inside & (place >= 0)[:, None])
     scale = _scale(_highest(values), DIVISOR)
     padded = alive[:, None] & (column < num_padded)[None, :]
     nearest = _codes(values, scale[:, None], QMAX, DIVISOR)
@@ -162,8 +163,10 @@ def quantize_wide_rows(  # noqa: PLR0913
     vectors,
     centre,
     centres,
+    places,
     codes,
     scales,
+    taken,
     num_inner,
     num_padded,
     x_stride,
@@ -182,6 +185,9 @@ def quantize_wide_rows(  # noqa: PLR0913
     centre_row = centre
     if centres is not None:
         centre_row = centre + tl.load(centres + row) * num_inner
+    place = tl.full((), -1, tl.int64)
+    if places is not None:
+        place = tl.load(places + row).to(tl.int64)
     largest = tl.zeros((COLUMNS,), tl.int32)
     for start in range(0, num_inner, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
@@ -197,5 +203,8 @@ def quantize_wide_rows(  # noqa: PLR0913
         inverse_at = None if inverse is None else inverse_row + column
         centre_at = None if centre is None else centre_row + column
         values = _part(x + row * x_stride + column, other_at, inverse_at, centre_at, column < num_inner, SOURCE)
+        if places is not None:
+            own = rounded(values, taken.dtype.element_ty, INTERPRETED)
+            tl.store(taken + place * num_inner + column, own, mask=(column < num_inner) & (place >= 0))
         tl.store(codes + row * num_padded + column, _codes(values, scale, QMAX, DIVISOR), mask=column < num_padded)
     tl.store(scales + row, scale)

@@ -19,7 +19,7 @@ from masq.kernels.base import (
     RowAddend,
     RowBias,
     RowSmoothing,
-    places,
+    Selection,
 )
 from masq.kernels.checks import check_gate, check_norm, check_rows
 from masq.kernels.triton import layout
@@ -70,41 +70,52 @@ class TritonKernel(Kernel):
         return layout.restore(prepared)
 
     def quantize(
-        self, x: torch.Tensor, activation: TensorFormat | None, smoothing: RowSmoothing | None
+        self,
+        x: torch.Tensor,
+        activation: TensorFormat | None,
+        smoothing: RowSmoothing | None,
+        take: Selection | None = None,
     ) -> QuantizedActivation:
         """See ``Kernel.quantize``; the codes are int8 [N, I rounded up to 128].
 
         Raises:
             NumericalError: rows or factors of another dtype, shape or layout.
         """
-        from masq.kernels.triton import ops
+        from masq.kernels.triton import fused, ops
 
         assert activation is not None, "see not_supported_reasons"
-        check_rows(x, smoothing)
-        given = smoothing or RowSmoothing(None, None)
-        ends = activation.qmax, activation.divisor
-        codes, scale = ops.smooth_quantize(x, given.inverse, given.rows, *ends, given.centre, given.centre_rows)
-        return QuantizedActivation(codes, scale, len(x))
+        check_rows(x, smoothing, take)
+        shared, wanted = fused.given(activation, smoothing, take)
+        return fused.quantized(ops.smooth_quantize(x, *shared, **wanted), take)
 
     def quantize_norm(
-        self, x: torch.Tensor, norm: Norm, activation: TensorFormat, smoothing: RowSmoothing | None
-    ) -> tuple[QuantizedActivation, torch.Tensor | None]:
+        self,
+        x: torch.Tensor,
+        norm: Norm,
+        activation: TensorFormat,
+        smoothing: RowSmoothing | None,
+        take: Selection | None = None,
+    ) -> QuantizedActivation:
         """See ``Kernel.quantize_norm``."""
         from masq.kernels.triton import fused
 
-        check_rows(x, smoothing)
+        check_rows(x, smoothing, take)
         check_norm(x, norm)
-        made = fused.normalize(x, norm.gamma, norm.eps, activation, smoothing, keep=norm.keep)
-        return made.activation, made.normalized
+        return fused.normalize(x, norm, activation, smoothing, take)[0]
 
     def quantize_gate(
-        self, gate: torch.Tensor, up: torch.Tensor, activation: TensorFormat, smoothing: RowSmoothing | None
+        self,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        activation: TensorFormat,
+        smoothing: RowSmoothing | None,
+        take: Selection | None = None,
     ) -> QuantizedActivation:
         """See ``Kernel.quantize_gate``."""
         from masq.kernels.triton import fused
 
-        check_gate(gate, up)
-        return fused.silu_times_up(gate, up, activation, smoothing)
+        check_gate(gate, up, take)
+        return fused.silu_times_up(gate, up, activation, smoothing, take)
 
     def prepare_factors(
         self, rights: Sequence[torch.Tensor | None], sizes: Sequence[int], activation: TensorFormat | None
@@ -133,15 +144,15 @@ class TritonKernel(Kernel):
         if isinstance(bias, RowBias):
             given: dict[str, Any] = {"addend": addend, "dtype": torch.float32, "low_rank": low_rank}
             return bias.add(self.gemm(activation, prepared, bias=None, **given), dtype)
-        num_rows, added, added_place = activation.num_rows, None, None
-        if addend is not None and len(addend.rows):
+        added, added_place = None, None
+        if addend is not None and len(addend.selected):
             added = addend.values[0] if len(addend.values) == 1 else torch.cat(addend.values, dim=1)
-            added_place = places(addend.rows, num_rows)
-        terms = [term for term in low_rank if len(term.rows)]
+            added_place = addend.selected.places
+        terms = [term for term in low_rank if len(term.selected)]
         return ops.multiply_codes(
             *(activation.data, activation.scale, prepared.tensors["codes"], prepared.tensors["scale"]),
             *(bias, added, added_place, [term.u for term in terms]),
-            [places(term.rows, num_rows) for term in terms],
+            [term.selected.places for term in terms],
             [term.factors.tensors["right"] for term in terms],
             [term.factors.tensors["parts"] for term in terms],
             prepared.format.bits <= NIBBLE_BITS,

@@ -3,8 +3,7 @@
 Grids follow from shapes alone, so that a launch can be captured in a CUDA graph; everything they write is allocated
 here, on the stream of the caller. Tensors on a CPU are for Triton's interpreter.
 
-Shapes: N rows, I input channels, P = I rounded up to blocks of 128, O output channels, U smoothing vectors, n rows of
-one modality, R rank.
+Shapes: N rows, I input channels, P = I rounded up to blocks of 128, O output channels, n rows of one modality, R rank.
 """
 
 from __future__ import annotations
@@ -82,128 +81,101 @@ def _row_shape(num_rows: int, num_padded: int) -> dict[str, int]:
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": min(max(triton.next_power_of_2(warps), 4), 32)}
 
 
-def _quantize(x: torch.Tensor, ends: tuple[int, float], source: int, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _room(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """For the rows of x [N, I] that are taken, in its dtype; empty where none are."""
+    return x.new_empty(0) if rows is None else x.new_empty(len(rows), x.shape[1])
+
+
+def _empty_codes(x: torch.Tensor, *_: Any, rows: torch.Tensor | None = None, **__: Any) -> tuple[torch.Tensor, ...]:
+    codes = x.new_empty(len(x), _padded(x.shape[1]), dtype=torch.int8)
+    return codes, x.new_empty(len(x), 1, dtype=torch.float32), _room(x, rows)
+
+
+def _quantize(x: torch.Tensor, source: int, given: dict[str, Any], **more: Any) -> tuple[torch.Tensor, ...]:
+    """Codes, scales and taken rows of x [N, I]; ``given``: what every operation over rows is, ``more``: this one."""
     num_rows, num_inner = x.shape
-    num_padded = _padded(num_inner)
-    codes = x.new_empty(num_rows, num_padded, dtype=torch.int8)
-    scale = x.new_empty(num_rows, 1, dtype=torch.float32)
-    names = ("other", "gamma", "inverse", "vectors", "centre", "centres", "keep")
-    other = given.get("other")
+    num_padded, other = _padded(num_inner), more.get("other")
+    codes, scale, taken = _empty_codes(x, rows=given.get("rows"))
+    tables = [given.get(name) for name in ("inverse", "vectors", "centre", "centres", "places")]
+    strides = x.stride(0), 0 if other is None else other.stride(0)
+    constants = {"SOURCE": source, "QMAX": given["qmax"], "DIVISOR": given["divisor"]}
     shape = _row_shape(num_rows, num_padded)
+    if not num_rows:
+        return codes, scale, taken
     if num_padded > WIDE and source != device_rows.NORM:
-        if num_rows:
-            _launch(
-                *(device_rows.quantize_wide_rows, (num_rows,), x.device, x),
-                *(given.get(name) for name in ("other", "inverse", "vectors", "centre", "centres")),
-                *(codes, scale, num_inner, num_padded, x.stride(0), 0 if other is None else other.stride(0)),
-                SOURCE=source,
-                QMAX=ends[0],
-                DIVISOR=ends[1],
-                COLUMNS=_WIDE_COLUMNS,
-                num_warps=8,
-            )
-    elif num_rows:
         _launch(
-            *(device_rows.quantize_rows, (triton.cdiv(num_rows, shape["ROWS"]),), x.device, x),
-            *(*(given.get(name) for name in names), codes, scale, given.get("summed"), given.get("normed")),
-            *(num_rows, num_inner, num_padded, x.stride(0), 0 if other is None else other.stride(0)),
-            given.get("eps", 0.0),
-            SOURCE=source,
-            QMAX=ends[0],
-            DIVISOR=ends[1],
+            *(device_rows.quantize_wide_rows, (num_rows,), x.device, x, other, *tables, codes, scale, taken),
+            *(num_inner, num_padded, *strides),
+            **constants,
+            COLUMNS=_WIDE_COLUMNS,
+            num_warps=8,
+        )
+    else:
+        _launch(
+            *(device_rows.quantize_rows, (triton.cdiv(num_rows, shape["ROWS"]),), x.device, x, other),
+            *(more.get("gamma"), *tables, codes, scale, more.get("summed"), taken),
+            *(num_rows, num_inner, num_padded, *strides, more.get("eps", 0.0)),
+            **constants,
             **shape,
         )
-    return codes, scale
+    return codes, scale, taken
 
 
-def _empty_codes(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(len(x), _padded(x.shape[1]), dtype=torch.int8), x.new_empty(len(x), 1, dtype=torch.float32)
-
-
-@_operation(
-    "smooth_quantize(Tensor x, Tensor? inverse, Tensor? vectors, int qmax, float divisor, Tensor? centre=None, "
-    "Tensor? centres=None) -> (Tensor, Tensor)",
-    fake=_empty_codes,
+_SHARED = ("qmax", "divisor", "inverse", "vectors", "centre", "centres")
+_SHARED_SCHEMA = (
+    "int qmax, float divisor, Tensor? inverse=None, Tensor? vectors=None, Tensor? centre=None, Tensor? centres=None, "
+    "*, Tensor? rows=None, Tensor? places=None"
 )
-def smooth_quantize(
-    x: torch.Tensor,
-    inverse: torch.Tensor | None,
-    vectors: torch.Tensor | None,
-    qmax: int,
-    divisor: float,
-    centre: torch.Tensor | None = None,
-    centres: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes int8 [N, P] and scales float32 [N, 1] of ``(x[i] - centre[centres[i]]) * inverse[vectors[i]]``.
+"""What every operation over rows is given: ends of the codes, a ``RowSmoothing``, a ``Selection`` of rows to take."""
 
-    x [N, I], rows in one piece.
+
+def _named(shared: Sequence[Any], take: dict[str, Any]) -> dict[str, Any]:
+    # torch leaves out trailing arguments that are as the schema has them.
+    return dict(zip(_SHARED, shared, strict=False)) | take
+
+
+@_operation(f"smooth_quantize(Tensor x, {_SHARED_SCHEMA}) -> (Tensor, Tensor, Tensor)", fake=_empty_codes)
+def smooth_quantize(x: torch.Tensor, *shared: Any, **take: Any) -> tuple[torch.Tensor, ...]:
+    """Of ``(x[i] - centre[centres[i]]) * inverse[vectors[i]]``, x [N, I] with rows in one piece.
+
+    Returns:
+        Codes int8 [N, P], scales float32 [N, 1], and the smoothed rows [n, I] to be taken, in the dtype of x.
     """
-    given = {"inverse": inverse, "vectors": vectors, "centre": centre, "centres": centres}
-    return _quantize(x, (qmax, divisor), device_rows.ROWS, **given)
+    return _quantize(x, device_rows.ROWS, _named(shared, take))
 
 
 @_operation(
-    "silu_mul_smooth_quantize(Tensor gate, Tensor up, Tensor? inverse, Tensor? vectors, int qmax, float divisor, "
-    "Tensor? centre=None, Tensor? centres=None) -> (Tensor, Tensor)",
+    f"silu_mul_smooth_quantize(Tensor gate, Tensor up, {_SHARED_SCHEMA}) -> (Tensor, Tensor, Tensor)",
     fake=_empty_codes,
 )
-def silu_mul_smooth_quantize(  # noqa: PLR0913
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    inverse: torch.Tensor | None,
-    vectors: torch.Tensor | None,
-    qmax: int,
-    divisor: float,
-    centre: torch.Tensor | None = None,
-    centres: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def silu_mul_smooth_quantize(
+    gate: torch.Tensor, up: torch.Tensor, *shared: Any, **take: Any
+) -> tuple[torch.Tensor, ...]:
     """As ``smooth_quantize``, of SiLU(gate) * up in float32; both [N, I], views of one matrix or not."""
-    given = {"inverse": inverse, "vectors": vectors, "centre": centre, "centres": centres}
-    return _quantize(gate, (qmax, divisor), device_rows.SILU_MUL, other=up, **given)
+    return _quantize(gate, device_rows.SILU_MUL, _named(shared, take), other=up)
 
 
-def _empty_norm(x: torch.Tensor, residual: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor, ...]:
-    keep = _[4]
-    nothing = x.new_empty(0)
-    return (
-        *_empty_codes(x),
-        nothing if residual is None else torch.empty_like(x),
-        nothing.clone() if keep is None else torch.empty_like(x),
-    )
+def _empty_norm(x: torch.Tensor, residual: torch.Tensor | None, *_: Any, **take: Any) -> tuple[torch.Tensor, ...]:
+    return *_empty_codes(x, **take), x.new_empty(0) if residual is None else torch.empty_like(x)
 
 
 @_operation(
-    "norm_smooth_quantize(Tensor x, Tensor? residual, Tensor gamma, float eps, Tensor? inverse, Tensor? vectors, "
-    "Tensor? keep, int qmax, float divisor, Tensor? centre=None, Tensor? centres=None) "
+    f"norm_smooth_quantize(Tensor x, Tensor? residual, Tensor gamma, float eps, {_SHARED_SCHEMA}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=_empty_norm,
 )
-def norm_smooth_quantize(  # noqa: PLR0913
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    gamma: torch.Tensor,
-    eps: float,
-    inverse: torch.Tensor | None,
-    vectors: torch.Tensor | None,
-    keep: torch.Tensor | None,
-    qmax: int,
-    divisor: float,
-    centre: torch.Tensor | None = None,
-    centres: torch.Tensor | None = None,
+def norm_smooth_quantize(
+    x: torch.Tensor, residual: torch.Tensor | None, gamma: torch.Tensor, eps: float, *shared: Any, **take: Any
 ) -> tuple[torch.Tensor, ...]:
     """As ``smooth_quantize``, of x [N, I], plus a residual, under RMSNorm with ``gamma`` [I] in float32.
 
     Returns:
-        Codes and scales; x + residual in the dtype of x, which is what was normalized; and the normalized rows that
-        ``keep`` (int8 or bool [N]) names in the dtype of x, the others undefined. Empty where not asked for.
+        Also x + residual in the dtype of x, which is what was normalized; empty without a residual.
     """
     summed = None if residual is None else torch.empty_like(x)
-    normed = None if keep is None else torch.empty_like(x)
-    given = {"inverse": inverse, "vectors": vectors, "centre": centre, "centres": centres}
-    given |= {"summed": summed, "normed": normed, "gamma": gamma, "eps": eps}
-    kept = None if keep is None else keep.view(torch.int8)
-    codes, scale = _quantize(x, (qmax, divisor), device_rows.NORM, other=residual, keep=kept, **given)
-    return codes, scale, x.new_empty(0) if summed is None else summed, x.new_empty(0) if normed is None else normed
+    more = {"other": residual, "gamma": gamma, "eps": eps, "summed": summed}
+    made = _quantize(x, device_rows.NORM, _named(shared, take), **more)
+    return *made, x.new_empty(0) if summed is None else summed
 
 
 def _empty_product(x: torch.Tensor, _scale: torch.Tensor, w: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -289,35 +261,3 @@ def _combine(
         BLOCK_N=outputs,
         num_warps=4,
     )
-
-
-def _empty_projection(x: torch.Tensor, rows: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return x.new_empty(len(rows), rest[-1].shape[1])
-
-
-@_operation(
-    "low_rank_down(Tensor x, Tensor rows, Tensor? inverse, Tensor? vectors, Tensor left) -> Tensor",
-    fake=_empty_projection,
-)
-def low_rank_down(
-    x: torch.Tensor,
-    rows: torch.Tensor,
-    inverse: torch.Tensor | None,
-    vectors: torch.Tensor | None,
-    left: torch.Tensor,
-) -> torch.Tensor:
-    """U [n, R] = smoothed ``x[rows]`` times L1 [I, R], all in the dtype of x [N, I], sums in float32."""
-    u = x.new_empty(len(rows), left.shape[1])
-    if u.numel():
-        block_m, block_k = 64, 64
-        block_r = min(max(triton.next_power_of_2(u.shape[1]), 16), 64)
-        _launch(
-            *(device_gemm.project, (triton.cdiv(len(u), block_m), triton.cdiv(u.shape[1], block_r)), x.device, x),
-            *(rows, inverse, vectors, left, u, len(u), x.shape[1], u.shape[1]),
-            BLOCK_M=block_m,
-            BLOCK_R=block_r,
-            BLOCK_K=block_k,
-            num_warps=4,
-            num_stages=3,
-        )
-    return u

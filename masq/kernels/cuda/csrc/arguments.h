@@ -13,8 +13,12 @@ struct Rows {
   const void* x;           // [N, I]
   const float* inverse;    // [U, I], or null
   const int64_t* vectors;  // [N], which of U; null for the first
+  const uint16_t* centre;  // bfloat16 [C, I], or null
+  const int64_t* centres;  // [N], which of C; null for the first
+  const int32_t* places;   // [N], where among the taken rows a row goes, -1 for nowhere; null where none is taken
   uint8_t* codes;          // [N, line]
   float* scales;           // [N]
+  void* taken;             // [n, I], smoothed rows in the type of x
   int64_t rows, inputs, line;
   int32_t type, qmax;
   float divisor;  // Largest magnitude over scale: qmax, or more where ranges are cut off.
