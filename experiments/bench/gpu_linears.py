@@ -97,6 +97,7 @@ def _corrected(
     right = torch.randn(rank, case.sizes[1], device="cuda").bfloat16() / 99
     factors = kernel.prepare_factors([right], [case.sizes[1]], scheme.activation)
     assert factors is not None
+    left = factors.widened(left)
 
     def call(at: int) -> torch.Tensor:
         quantized = kernel.quantize(case.x, scheme.activation, case.smoothing, case.corrected)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -148,11 +149,28 @@ class PreparedFactors:
         tensors: by names of the kernel's own.
         ranks: R_j of each part of the outputs, 0 where it has no correction.
         sizes: O_j of each part.
+        widths: W_j, how many columns of U each part takes; those behind its rank are zero.
     """
 
     tensors: Mapping[str, torch.Tensor]
     ranks: tuple[int, ...]
     sizes: tuple[int, ...]
+    widths: tuple[int, ...]
+
+    def widened(self, columns: torch.Tensor) -> torch.Tensor:
+        """[.., sum of R_j] to [.., sum of W_j], zeros behind those of each part."""
+        if self.widths == self.ranks:
+            return columns
+        parts = columns.split(list(self.ranks), dim=-1)
+        missing = (width - rank for width, rank in zip(self.widths, self.ranks, strict=True))
+        return torch.cat([functional.pad(part, (0, count)) for part, count in zip(parts, missing, strict=True)], dim=-1)
+
+    def narrowed(self, columns: torch.Tensor) -> torch.Tensor:
+        """The inverse of ``widened``."""
+        if self.widths == self.ranks:
+            return columns
+        parts = columns.split(list(self.widths), dim=-1)
+        return torch.cat([part[..., :rank] for part, rank in zip(parts, self.ranks, strict=True)], dim=-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +179,7 @@ class LowRank:
 
     Attributes:
         selected: n rows.
-        u: bfloat16 [n, sum of R_j], contiguous.
+        u: bfloat16 [n, sum of W_j], contiguous.
         factors: of ``Kernel.prepare_factors``.
     """
 

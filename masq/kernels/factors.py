@@ -45,7 +45,7 @@ def prepare(rights: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> Prep
         return None
     ranks = tuple(0 if right is None else len(right) for right in rights)
     tiles = [_tiles(right) for right in there]
-    return PreparedFactors({"tiles": torch.cat(tiles)}, ranks, tuple(sizes))
+    return PreparedFactors({"tiles": torch.cat(tiles)}, ranks, tuple(sizes), ranks)
 
 
 def restore(factors: PreparedFactors) -> list[torch.Tensor | None]:

@@ -259,10 +259,8 @@ class Stack:
             right = rights[index]
             if right is not None:
                 before = sum(len(other) for other in rights[:index] if other is not None)
-                own, scale = slice(before, before + len(right)), held.scale.get(modality)
-                factors[modality] = Factors(
-                    held.left[modality][:, own].clone(), right, None if scale is None else scale[own].clone()
-                )
+                own, (left, scale) = slice(before, before + len(right)), held.plain_left(modality)
+                factors[modality] = Factors(left[:, own].clone(), right, None if scale is None else scale[own].clone())
         return weight, factors
 
     def _take_factors(

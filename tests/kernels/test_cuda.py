@@ -135,7 +135,7 @@ def check_corrected(target, sizes, ranks, count, dtype):
     neither = torch.ones(count, dtype=torch.bool)
     for rows, u, rights in corrections(sizes, ranks, count, 6, dtype):
         factors = kernel.prepare_factors([None if r is None else r.to(device) for r in rights], sizes, ACTIVATION)
-        terms.append(LowRank(Selection.of(rows.to(device), count), u.to(device), factors))
+        terms.append(LowRank(Selection.of(rows.to(device), count), factors.widened(u.to(device)), factors))
         neither[rows] = False
         parts = zip(u.double().split(ranks, dim=1), rights, sizes, strict=True)
         dense = [(u_j, torch.zeros(0, size) if right is None else right) for u_j, right, size in parts]
@@ -171,7 +171,8 @@ def test_corrected_tiles_only_touch_their_factors(target):
     given = {"bias": None, "addend": None, "dtype": torch.bfloat16}
     factors = kernel.prepare_factors([ones(40, 64, float("nan")).bfloat16().to(device)], [64], ACTIVATION)
     for rows in (torch.arange(9), torch.arange(0)):
-        term = LowRank(Selection.of(rows.to(device), 600), ones(len(rows), 40).bfloat16().to(device), factors)
+        u = factors.widened(ones(len(rows), 40).bfloat16().to(device))
+        term = LowRank(Selection.of(rows.to(device), 600), u, factors)
         found = kernel.gemm(quantized, held, **given, low_rank=[term])
         assert torch.equal(found[300:], kernel.gemm(quantized, held, **given)[300:])
         assert bool(found.isnan().any()) == bool(len(rows))

@@ -54,7 +54,7 @@ def product_is_exact(kernel: CudaKernel, count: int, inner: int, out: int) -> bo
     assert factors is not None
     zeros = kernel.quantize(torch.zeros(count, inner), ACTIVATION, None)
     corrected = kernel.gemm(
-        zeros, held, **given, low_rank=[LowRank(Selection.of(torch.arange(count), count), u, factors)]
+        zeros, held, **given, low_rank=[LowRank(Selection.of(torch.arange(count), count), factors.widened(u), factors)]
     )
     return plain and torch.equal(corrected, u.float() @ right.float())
 

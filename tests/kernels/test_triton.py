@@ -127,7 +127,9 @@ def test_corrected_rows_against_float64(triton_device, sizes, count, bits, facto
         for rows, u, rights in corrections(sizes, ranks, count, 6, factor_dtype):
             on_device = [None if right is None else right.to(triton_device) for right in rights]
             factors = KERNEL.prepare_factors(on_device, sizes, ACTIVATION)
-            terms.append(LowRank(Selection.of(rows.to(triton_device), count), u.to(triton_device), factors))
+            terms.append(
+                LowRank(Selection.of(rows.to(triton_device), count), factors.widened(u.to(triton_device)), factors)
+            )
             neither[rows] = False
             parts = zip(u.double().split(ranks, dim=1), rights, sizes, strict=True)
             dense = [(u_j, torch.zeros(0, size) if right is None else right) for u_j, right, size in parts]
@@ -148,9 +150,8 @@ def test_corrected_tiles_only_touch_their_factors(triton_device):
     given = {"bias": None, "addend": None, "dtype": torch.bfloat16}
     factors = KERNEL.prepare_factors([ones(40, 64, float("nan")).bfloat16().to(triton_device)], [64], ACTIVATION)
     for rows in (torch.arange(9), torch.arange(0)):
-        term = LowRank(
-            Selection.of(rows.to(triton_device), 600), ones(len(rows), 40).bfloat16().to(triton_device), factors
-        )
+        u = factors.widened(ones(len(rows), 40).bfloat16().to(triton_device))
+        term = LowRank(Selection.of(rows.to(triton_device), 600), u, factors)
         found = KERNEL.gemm(quantized, held, **given, low_rank=[term])
         assert torch.equal(found[300:], KERNEL.gemm(quantized, held, **given)[300:])
         assert bool(found.isnan().any()) == bool(len(rows))

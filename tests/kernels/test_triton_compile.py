@@ -28,7 +28,7 @@ CAPABILITIES = sorted(SHARED_MEMORY)
 MAX_REGISTERS = 255
 REGISTERS, SHARED_OF_PROCESSOR = 65536, {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024}
 RESERVED = 1024
-INNER, OUTPUTS, RANK = 3584, 37888, 71
+INNER, OUTPUTS, WIDTH = 3584, 37888, 96
 MAX_ROWS = 4096
 
 
@@ -70,9 +70,9 @@ def product(
         ops.multiply_codes(
             *(torch.empty(num_rows, INNER, dtype=torch.int8), torch.empty(num_rows, 1)),
             *(weight, torch.empty(num_outputs), torch.empty(num_outputs), None, None),
-            times * [torch.empty(9, 3 * RANK, dtype=bfloat16)],
+            times * [torch.empty(9, 3 * WIDTH, dtype=bfloat16)],
             times * [torch.empty(num_rows, dtype=torch.int32)],
-            times * [torch.empty(num_outputs, 80, dtype=factors)],
+            times * [torch.empty(num_outputs, WIDTH, dtype=factors)],
             times * [torch.empty(3, 4, dtype=torch.int32)],
             *(four, bfloat16),
         )
@@ -101,6 +101,10 @@ def test_a_product(capability: int, four: bool, tile: Tile, factors: torch.dtype
     if factors is None:
         # Neither unpacking nor loading ahead takes codes apart byte by byte; the epilogue packs pairs of bfloat16.
         assert compiled.sass.count("PRMT") <= 32
+    # Factors are read eight numbers at a time and, of many rows, ahead of their product; without alignment one by one.
+    assert "LDG.E.U16" not in compiled.sass
+    if factors is not None and tile.rows >= 128:
+        assert compiled.sass.count("LDGSTS.E.BYPASS.128") >= 2
 
 
 @pytest.mark.parametrize("factors", [None, torch.bfloat16, torch.int8], ids=str)

@@ -150,28 +150,29 @@ def _corrected(  # noqa: PLR0913
     there_m,
     NUM_PARTS: tl.constexpr,
     RANKS: tl.constexpr,
+    STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """A tile plus U L2 of one modality, part by part; one without a row of the modality does not touch its factors.
 
     ``term``: u [n, width]; places int32 [M], the row of u that corrects a row, -1 for none; width; L2^T [N, depth], or
     its codes, which are exact in the dtype of u; depth; parts int32 [NUM_PARTS, 4], first output, end, first column of
-    U and rank of each part.
+    U and count of each part. Widths, depths, columns and counts are multiples of ``RANKS``.
     """
     u, places, width, right, depth, parts = term
     place = tl.load(places + row, mask=there_m, other=-1)
     if tl.max(place) >= 0:
         rank = tl.arange(0, RANKS)
+        width, depth = tl.multiple_of(width, RANKS), tl.multiple_of(depth, RANKS)
         u_at, right_at = place[None, :] * width + rank[:, None], out[:, None] * depth + rank[None, :]
         for part in range(NUM_PARTS):
             begins, ends = tl.load(parts + part * 4), tl.load(parts + part * 4 + 1)
-            column, count = tl.load(parts + part * 4 + 2), tl.load(parts + part * 4 + 3)
+            column = tl.multiple_of(tl.load(parts + part * 4 + 2), RANKS)
             if (begins <= tl.max(out)) & (ends > tl.min(out)):
                 own = (out >= begins) & (out < ends)
-                for start in tl.range(0, count, RANKS, num_stages=1):
-                    here = start + rank < count
-                    a = tl.load(right + (right_at + start), mask=own[:, None] & here[None, :], other=0.0)
-                    b = tl.load(u + (u_at + (column + start)), mask=(place >= 0)[None, :] & here[:, None], other=0.0)
+                for start in tl.range(0, tl.load(parts + part * 4 + 3), RANKS, num_stages=STAGES):
+                    a = tl.load(right + (right_at + start), mask=own[:, None], other=0.0)
+                    b = tl.load(u + (u_at + (column + start)), mask=(place >= 0)[None, :], other=0.0)
                     if INTERPRETED:
                         a, b = a.to(tl.float32), b.to(tl.float32)
                     y = tl.dot(a.to(b.dtype), b, y)
@@ -214,6 +215,7 @@ def multiply(  # noqa: PLR0913
     NUM_TERMS: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     RANKS: tl.constexpr,
+    STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -254,7 +256,7 @@ def multiply(  # noqa: PLR0913
         if added is not None:
             values = _plus_rows(values, added, added_place, row, out, there_m, there_n, num_outputs)
         for term in tl.static_range(NUM_TERMS):
-            values = _corrected(values, terms[term], row, out, there_m, NUM_PARTS, RANKS, INTERPRETED)
+            values = _corrected(values, terms[term], row, out, there_m, NUM_PARTS, RANKS, STAGES, INTERPRETED)
         if bias is not None:
             values += tl.load(bias + out, mask=there_n, other=0.0)[:, None]
         to = y + row[None, :].to(tl.int64) * num_outputs + out[:, None]

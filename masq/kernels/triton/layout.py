@@ -1,6 +1,7 @@
 """How weights and second factors lie in the memory of a GPU: plain tensors of torch, there and back.
 
-Shapes: O output channels, I input channels, P = I rounded up to blocks of 128, R_j rank and O_j outputs of part j.
+Shapes: O output channels, I input channels, P = I rounded up to blocks of 128, R_j rank, W_j columns of U and O_j
+outputs of part j.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from masq.numerics.packing import NIBBLE_BITS, PackedWeight, pack_nibbles, unpac
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-RANKS = 16
-"""Ranks are padded to a multiple of it."""
+RANKS = 32
+"""Ranks are padded to a multiple of it, and so are the columns of U: all loads are of 16 bytes, and none are masked."""
 
 
 def prepare(weight: PackedWeight) -> PreparedWeight:
@@ -65,24 +66,25 @@ def prepare_factors(rights: Sequence[torch.Tensor | None], sizes: Sequence[int])
     """L2 of all parts in one matrix, None where they are neither all bfloat16 nor all int8.
 
     ``right``: bfloat16 or int8 [sum of O_j, D], the ranks of an output side by side, zero from its rank on, D the
-    largest rank rounded up to ``RANKS``. ``parts``: int32 [parts, 4], first output, end, first column of U and rank of
-    each.
+    largest W_j. ``parts``: int32 [parts, 4], first output, end, first column of U and W_j of each, which is its rank
+    rounded up to ``RANKS``.
     """
     there = [right for right in rights if right is not None]
     if not there or {right.dtype for right in there} not in ({torch.bfloat16}, {torch.int8}):
         return None
     ranks = tuple(0 if right is None else len(right) for right in rights)
-    depth = -(-max(ranks) // RANKS) * RANKS
+    widths = tuple(-(-rank // RANKS) * RANKS for rank in ranks)
+    depth = max(widths)
     like = there[0]
     blocks = [
         like.new_zeros(size, depth) if right is None else functional.pad(right.t(), (0, depth - len(right)))
         for right, size in zip(rights, sizes, strict=True)
     ]
     ends = list(itertools.accumulate(sizes, initial=0))
-    columns = list(itertools.accumulate(ranks, initial=0))
-    rows = list(zip(ends[:-1], ends[1:], columns[:-1], ranks, strict=True))
+    columns = list(itertools.accumulate(widths, initial=0))
+    rows = list(zip(ends[:-1], ends[1:], columns[:-1], widths, strict=True))
     parts = torch.tensor(rows, dtype=torch.int32, device=like.device)
-    return PreparedFactors({"right": torch.cat(blocks).contiguous(), "parts": parts}, ranks, tuple(sizes))
+    return PreparedFactors({"right": torch.cat(blocks).contiguous(), "parts": parts}, ranks, tuple(sizes), widths)
 
 
 def restore_factors(factors: PreparedFactors) -> list[torch.Tensor | None]:

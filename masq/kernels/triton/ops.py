@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 INTERPRETED = not isinstance(device_gemm.multiply, triton.JITFunction)
 """Whether the functions of this process run in Triton's interpreter."""
+_RANK_STAGES = 3
 _ELEMENTS_PER_PROGRAM = 2048
 FEW_ROWS = 64
 """Up to here a row is quantized by more warps."""
@@ -228,6 +229,7 @@ def multiply_codes(  # noqa: PLR0913
         NUM_TERMS=len(u),
         NUM_PARTS=len(parts[0]) if u else 0,
         RANKS=RANKS,
+        STAGES=_RANK_STAGES,
         SPLITS=splits,
         DIRECT=INTERPRETED or table == WARP_GROUPS,
         **tile.options,

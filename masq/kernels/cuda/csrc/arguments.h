@@ -29,8 +29,8 @@ struct Term {
   const uint16_t* u;      // bfloat16 [n, width]
   const int32_t* places;  // [N], the row of u that corrects a row, -1 for none
   const void* right;      // [O, depth], bfloat16, or int8 if coded
-  const int32_t* parts;   // [num_parts, 4]: first output, end, first column of u, rank
-  int64_t width, depth;   // depth is a multiple of 16
+  const int32_t* parts;   // [num_parts, 4]: first output, end, first column of u, how many
+  int64_t width, depth;   // these, columns and how many are multiples of kRanks
   int32_t num_parts, coded;
 };
 

@@ -88,22 +88,9 @@ MASQ_DEVICE void multiply_codes(int32_t (&sums)[T::kLeft][T::kRight][4], const P
   sync_threads();
 }
 
-// Eight numbers of a row of U as they are corrected with, zero where there is no row or no rank.
-MASQ_DEVICE Four u_chunk(const Term& term, int place, int64_t column, int64_t count) {
-  Four found = {};
-  if (place < 0 || count <= 0) return found;
-  const uint16_t* from = term.u + place * term.width + column;
-  if (count >= 8 && (term.width | column) % 8 == 0) return *(const Four*)from;
-#pragma unroll
-  for (int i = 0; i < 8; ++i)
-    if (i < count) found.words[i / 2] |= (uint32_t)from[i] << (i % 2 * 16);
-  return found;
-}
-
 // Eight ranks of an output of a second factor in bfloat16, which holds every code of 8 bits.
 MASQ_DEVICE Four right_chunk_of(const Term& term, int64_t output, int64_t rank) {
   Four found = {};
-  if (rank >= term.depth) return found;
   if (!term.coded) return *(const Four*)((const uint16_t*)term.right + output * term.depth + rank);
   Two codes = *(const Two*)((const int8_t*)term.right + output * term.depth + rank);
 #pragma unroll
@@ -115,7 +102,7 @@ MASQ_DEVICE Four right_chunk_of(const Term& term, int64_t output, int64_t rank) 
 }
 
 struct Part {
-  int64_t begin, end, column, rank;
+  int64_t begin, end, column, count;
 };
 
 MASQ_DEVICE Part part_of(const Term& term, int index) {
@@ -132,7 +119,7 @@ MASQ_DEVICE void gather_factors(const Term& term, Part part, int64_t start, cons
     int64_t rank = start + at % kChunks * (kRanks / kChunks), output = first_output + (line - T::kRows);
     Four numbers = {};
     if (line < T::kRows) {
-      numbers = u_chunk(term, places[line], part.column + rank, part.rank - rank);
+      if (places[line] >= 0) numbers = *(const Four*)(term.u + places[line] * term.width + part.column + rank);
     } else if (output >= part.begin && output < part.end) {
       numbers = right_chunk_of(term, output, rank);
     }
@@ -154,7 +141,7 @@ MASQ_DEVICE void correct(float (&values)[T::kLeft][T::kRight][4], const Product&
   for (int index = 0; index < term.num_parts; ++index) {
     Part part = part_of(term, index);
     if (part.begin >= tile.output + T::kOutputs || part.end <= tile.output) continue;
-    for (int64_t start = 0; start < part.rank; start += kRanks) {
+    for (int64_t start = 0; start < part.count; start += kRanks) {
       gather_factors<T>(term, part, start, places, tile.output);
       sync_threads();
       multiply_lines<T>(values, shared_memory());
