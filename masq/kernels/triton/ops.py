@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 INTERPRETED = not isinstance(device_gemm.multiply, triton.JITFunction)
 """Whether the functions of this process run in Triton's interpreter."""
-_RANK_STAGES = 3
+_RANK_STAGES = 2
 _ELEMENTS_PER_PROGRAM = 2048
 FEW_ROWS = 64
 """Up to here a row is quantized by more warps."""
