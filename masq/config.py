@@ -13,18 +13,15 @@ from typing import Any, Literal
 
 from masq import sizes
 from masq.calibration.config import CalibrationConfig
-from masq.compensation.config import Compensation, NoCompensation
 from masq.decoding import decode_dataclass, to_plain
 from masq.errors import ConfigError, unknown_name
 from masq.evaluation.config import EvaluationConfig
 from masq.kernels import AUTO, FUSING, KERNELS
+from masq.method import MethodConfig
+from masq.method import check as check_method
 from masq.models.config import Architecture, ModelConfig
 from masq.numerics.scheme import NoTowers, Scheme, Towers
-from masq.rounding.config import NearestRounding, NoRounding, Rounding
-from masq.transforms.config import LearnedSmoothing, NoSmoothing, SearchedSmoothing, Smoothing
-from masq.transforms.frame import Centring, NoCentring, NoRotation, Rotation
-
-_MODALITY_SMOOTHING = ("modality", "modality_learned")
+from masq.transforms.config import LearnedSmoothing, SearchedSmoothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,39 +33,6 @@ class ModalityConfig:
     """
 
     name: Literal["dual", "tri"] = "tri"
-
-
-@dataclass(frozen=True, slots=True)
-class MethodConfig:
-    """A method: five slots. No code asks for its name.
-
-    Attributes:
-        name: shown in tables and folder names.
-        description: one line, shown by ``masq plan``.
-        rotation: exact rewrite of the basis of the residual stream, of heads, and of what ``down`` reads.
-        centring: exact rewrite that moves what the tokens of a modality have in common into a bias.
-        smoothing: exact rewrite that moves scale from activations into weights.
-        rounding: from float weights to integers; ``none`` leaves the model as it was loaded.
-        compensation: correction of the error that is left.
-    """
-
-    name: str
-    description: str = ""
-    rotation: Rotation = field(default_factory=NoRotation)
-    centring: Centring = field(default_factory=NoCentring)
-    smoothing: Smoothing = field(default_factory=NoSmoothing)
-    rounding: Rounding = field(default_factory=NearestRounding)
-    compensation: Compensation = field(default_factory=NoCompensation)
-
-    @property
-    def is_float(self) -> bool:
-        """Whether the model stays as it was loaded."""
-        return isinstance(self.rounding, NoRounding)
-
-    @property
-    def stores_weight_per_modality(self) -> bool:
-        """Whether every modality has a weight of its own: an upper bound, not deployable."""
-        return isinstance(self.rounding, NearestRounding) and self.rounding.per_modality
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +109,10 @@ class RunConfig:
             raise ConfigError("seed must not be negative", value=self.seed)
         if self.threads is not None and self.threads < 1:
             raise ConfigError("threads must be positive", value=self.threads, remedy="set null for torch's choice")
-        active_modalities(self)
-        _check_method(self.method)
-        _check_execution(self)
+        active = active_modalities(self)
+        check_method(self.method)
+        _check_execution(self, active)
+        _check_decoding(self)
         if not self.method.is_float:
             _check_formats(self)
 
@@ -232,55 +197,7 @@ def notes(config: RunConfig) -> list[str]:
     return found
 
 
-def _check_method(method: MethodConfig) -> None:
-    name, smoothing, rounding = method.name, method.smoothing.kind, method.rounding
-    if not name:
-        raise ConfigError("method.name must not be empty", value="''")
-    if isinstance(rounding, NoRounding):
-        slots = ("rotation", "centring", "smoothing", "compensation")
-        busy = [f"{slot}={kind}" for slot in slots if (kind := getattr(method, slot).kind) != "none"]
-        if busy:
-            raise ConfigError(
-                f"method {name} rounds nothing, so it can neither rotate nor centre nor smooth nor compensate",
-                value=", ".join(busy),
-                remedy="set method.rounding=nearest, or the others to none",
-            )
-        return
-    if method.centring.kind != "none" and isinstance(method.smoothing, LearnedSmoothing | SearchedSmoothing):
-        raise ConfigError(
-            "inputs are centred before factors are fitted in closed form, not where they are learned or searched",
-            value=f"method.centring={method.centring.kind}, method.smoothing={smoothing}",
-            remedy="set method.smoothing=modality_convex, modality, shared or none, or method.centring=none",
-        )
-    _check_base(method)
-    if not method.stores_weight_per_modality:
-        return
-    if smoothing not in _MODALITY_SMOOTHING:
-        raise ConfigError(
-            "rounding.per_modality needs factors per modality: with one factor all its weights are equal",
-            value=f"method.smoothing={smoothing}",
-            remedy="set method.smoothing=modality or modality_learned, or method.rounding=nearest",
-        )
-    if method.compensation.kind != "none":
-        raise ConfigError(
-            "compensation corrects one shared weight, and rounding.per_modality has none",
-            value=f"method.compensation={method.compensation.kind}",
-            remedy="set method.compensation=none, or method.rounding=nearest",
-        )
-
-
-def _check_base(method: MethodConfig) -> None:
-    rounding, base = method.rounding, method.compensation.base
-    plain = isinstance(rounding, NearestRounding) and rounding.clip is None
-    if base != "text" and not plain:
-        raise ConfigError(
-            "a stored weight with the factor of another modality than text is rounded to nearest",
-            value=f"method.compensation.base={base}, method.rounding={rounding.kind}",
-            remedy="set method.rounding=nearest, or method.compensation.base=text",
-        )
-
-
-def _check_execution(config: RunConfig) -> None:
+def _check_execution(config: RunConfig, active: tuple[str, ...]) -> None:
     if config.method.is_float and config.towers.kind != "none":
         raise ConfigError("a method that rounds nothing leaves towers in float", remedy="set towers=none")
     if config.kernel not in (AUTO, *KERNELS.names()):
@@ -293,7 +210,7 @@ def _check_execution(config: RunConfig) -> None:
         rule = "fused execution needs integer activations and a kernel that quantizes what a norm gives"
         remedy = f"set execution=packed, or kernel to one of {', '.join((AUTO, *FUSING))}"
         raise ConfigError(rule, value=f"scheme {config.scheme.name}, kernel={config.kernel}", remedy=remedy)
-    base, active = config.method.compensation.base, active_modalities(config)
+    base = config.method.compensation.base
     if base not in active:
         remedy = f"use one of {', '.join(active)}"
         raise ConfigError("the base of corrections must be a modality of the run", value=base, remedy=remedy)
@@ -301,6 +218,19 @@ def _check_execution(config: RunConfig) -> None:
         rule = f"{config.execution} execution has one weight for all modalities, and corrects no text"
         remedy = "use execution=simulated, or a method with rounding.per_modality=false and compensation.base=text"
         raise ConfigError(rule, value=f"method {config.method.name}, method.compensation.base={base}", remedy=remedy)
+
+
+def _check_decoding(config: RunConfig) -> None:
+    if config.evaluation.decoding == "eager":
+        return
+    simulated = config.execution == "simulated" and not config.method.is_float
+    if not config.model.device.startswith("cuda") or config.model.weights != "resident" or simulated:
+        model = config.model
+        raise ConfigError(
+            "graphs replay steps of models that lie on an NVIDIA GPU, in float or with packed weights",
+            value=f"model.device={model.device}, model.weights={model.weights}, execution={config.execution}",
+            remedy="set evaluation.decoding=eager, or model.device=cuda, model.weights=resident and execution=packed",
+        )
 
 
 def _check_formats(config: RunConfig) -> None:

@@ -27,6 +27,7 @@ def to_hashed_dict(config: RunConfig) -> dict[str, Any]:
         (plain["evaluation"], "score", True),
         (plain["evaluation"], "benchmarks", None),
         (plain["evaluation"], "batch_seconds", None),
+        (plain["evaluation"], "decoding", "eager"),
         (plain["evaluation"], "allow_overlap", False),
         (plain["calibration"], "samples", None),
         (plain["calibration"], "mix", None),

@@ -148,6 +148,7 @@ def _fill(
     model = replace(config.model, modalities=active_modalities(config))
     with _timed(record, "load"):
         adapter = load(model, folder)
+        adapter.decoding = config.evaluation.decoding
         context, handle = install(adapter)
     if not config.method.is_float:
         _quantize(record, config, adapter, context, data["calibration"], hashes, folder)

@@ -1,4 +1,4 @@
-"""The prefill benchmark at a toy size: every row computes, memory falls, and the paper's numbers stand beside."""
+"""The benchmarks of 7B shapes at a toy size: every row computes, memory falls, and the paper's numbers stand beside."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.bench import packed_model, table7
+from experiments.bench import gpu_decode, packed_model, table7
 from masq.files import read_json
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +33,19 @@ def test_every_row_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shared < ranks[0] <= ranks[1] <= ranks[2]
     assert all(cell["kernels"] for cell in cells[1:])
     assert all(math.isfinite(cell["ratio"]) and cell["seconds"] > 0 for cell in cells)
+
+
+def test_every_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is put back: the cache would overflow at the second."""
+    monkeypatch.setitem(packed_model.SHAPES, gpu_decode.SHAPE, TINY)
+    monkeypatch.setattr(gpu_decode, "PROMPT", 24)
+    cells = gpu_decode.measure("cpu", num_blocks=2, budget=0.05)
+    packed = [f"{scheme}{more}" for scheme in gpu_decode.SCHEMES for more in ("", ", fused")]
+    assert [cell["name"] for cell in cells] == [name + gpu_decode.EAGER for name in (gpu_decode.BASE, *packed)]
+    assert all(math.isfinite(cell["ratio"]) and cell["seconds"] > 0 for cell in cells)
+    made = {"device_name": "a GPU", "libraries": {"torch": "2"}}
+    table = gpu_decode.render({"provenance": made, "cells": cells})
+    assert len(table.splitlines()) == len(cells) + 4
 
 
 def test_the_paper_stands_beside() -> None:

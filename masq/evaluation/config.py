@@ -30,6 +30,8 @@ class EvaluationConfig:
             no result. Takes a number of the model's dtype for each token, block and channel; about 3 GB for
             ``smol_omni`` and 43 samples of each task.
         score: whether tasks are scored; if not, the model is only compared with the float model (SQNR, NLL, KL).
+        decoding: ``graphed`` replays the steps of an answer as CUDA graphs, with a KV cache of fixed size; for models
+            on an NVIDIA GPU, in float or with packed weights. ``eager`` launches kernel after kernel.
         batch_seconds: a batch of answers that takes longer is cut there; what has not ended counts as truncated, and
             the record says so. None to wait for every answer.
         max_failure_share: a task with a larger share of empty, truncated or repeating answers fails its score.
@@ -48,6 +50,7 @@ class EvaluationConfig:
     fidelity_samples_per_task: int | None = None
     keep_float: bool = False
     score: bool = True
+    decoding: Literal["eager", "graphed"] = "eager"
     batch_seconds: float | None = None
     max_failure_share: float = 0.5
 

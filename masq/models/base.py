@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -115,9 +115,11 @@ class ModelAdapter(ABC):
         pad_id: token id that fills padded positions.
         residence: where its weights are.
         residual_signs: signs of the Hadamard rotation that the residual stream was given, None in its own basis.
+        decoding: how ``generate`` runs steps, see ``EvaluationConfig``.
     """
 
     modalities: tuple[Modality, ...] = (Modality.TEXT,)
+    decoding: Literal["eager", "graphed"] = "eager"
     _towers: dict[str, nn.Module] | None
 
     def __init__(

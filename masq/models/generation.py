@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from masq.errors import ModelError
+from masq.models.step_graph import replayed_steps
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -60,9 +62,19 @@ def greedy(
     """Body of ``ModelAdapter.generate``; see there."""
     config = greedy_config(adapter.end_ids, adapter.pad_id, adapter.placeholders())
     config.max_new_tokens, config.max_time = max_new_tokens, max_seconds
-    sequences = adapter.model.generate(**batch.inputs, generation_config=config)
+    with _steps(adapter, config):
+        sequences = adapter.model.generate(**batch.inputs, generation_config=config)
     prompt_length = batch.inputs["input_ids"].shape[1]
     return [_cut(row, adapter.end_ids) for row in sequences[:, prompt_length:].tolist()]
+
+
+def _steps(adapter: ModelAdapter, config: GenerationConfig) -> AbstractContextManager[Any]:
+    """How steps are run: as ``adapter.decoding`` says, for which ``config`` is changed."""
+    if adapter.decoding == "eager":
+        return nullcontext()
+    # Steps are captured here: transformers is not to compile them as well.
+    config.cache_implementation, config.disable_compile = "static", True
+    return replayed_steps(adapter.model, lambda inputs: not bool((adapter.modality_of(inputs) > 0).any()))
 
 
 def _cut(ids: list[int], ends: Collection[int]) -> list[int]:

@@ -69,7 +69,8 @@ class ModalityContext:
         if key not in self._buffers:
             self._buffers[key] = torch.empty_like(ids, memory_format=torch.contiguous_format)
         self._current = self._buffers[key].copy_(ids)
-        self._derived.clear()
+        # Asked here, where a GPU may be waited for: inside a forward pass that is captured it must be known.
+        self._derived = {"text_only": not bool((ids > 0).any())}
 
     def current(self, batch: int, tokens: int) -> torch.Tensor:
         """The current ids, int8 [batch, tokens]; the tensor is reused, do not keep or change it.
@@ -89,8 +90,10 @@ class ModalityContext:
 
     @property
     def text_only(self) -> bool:
-        """Whether no current token is of another modality than text, padding aside; asked once for all layers."""
-        return self._once("text_only", lambda ids: not bool((ids > 0).any()))
+        """Whether no current token is of another modality than text, padding aside."""
+        if self._current is None:
+            self._none_set()
+        return self._derived["text_only"]
 
     @property
     def indices(self) -> torch.Tensor:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from masq.finished import load_finished
+from masq.models.zoo import nano
+from masq.modules import stack as modules
+from masq.modules.fused import fuse_blocks
 from masq.numerics.scheme import TensorFormat
 from tests.kernels import cases
 from tests.kernels.interpreting import (
@@ -13,6 +17,8 @@ from tests.kernels.interpreting import (
     moved,
 )
 from tests.kernels.layers import check_layers_behind_a_norm_and_a_gate, check_layers_that_share_an_input
+from tests.models.test_step_graph import NEW_TOKENS, answers
+from tests.modules.test_fused import packed, splits  # noqa: F401
 
 OPERATIONS = [
     "smooth_quantize",
@@ -64,6 +70,19 @@ def test_layers_that_share_an_input(triton_device, monkeypatch, coded):
 
 def test_layers_behind_a_norm_and_a_gate(triton_device, monkeypatch):
     check_layers_behind_a_norm_and_a_gate(KERNEL, triton_device, ACTIVATION, monkeypatch)
+
+
+def test_layers_of_a_model_that_decodes_by_graphs(triton_device, splits, tmp_path, monkeypatch):  # noqa: F811
+    """Norms, gates and corrections fused: a step asks nothing of the processor, and says what the reference says."""
+    samples = nano.random_samples(("vision", "audio"), 1)
+    wanted = packed(splits, tmp_path, "reference")
+    batch = wanted.encode(samples, with_answer=False)
+    monkeypatch.setattr(modules, "select", lambda *_: KERNEL)
+    adapter = load_finished(next(tmp_path.glob("*/record.json")).parent, device=triton_device)
+    assert fuse_blocks(adapter.blocks())
+    found, replay = answers(adapter, adapter.encode(samples, with_answer=False))
+    assert replay.num_replayed > 0
+    assert found == wanted.generate(batch, NEW_TOKENS)
 
 
 @pytest.mark.gpu
