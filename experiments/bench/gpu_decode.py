@@ -50,7 +50,8 @@ def step_of(decoder: Any, context: ModalityContext, device: str) -> Step:
     def step() -> Any:
         masks = {"full_attention": seen}
         found = decoder(input_ids=token, position_ids=position, attention_mask=masks, past_key_values=cache)
-        torch._foreach_sub_(lengths, 1)
+        for one in lengths:
+            one.sub_(1)
         return found
 
     return step
