@@ -71,6 +71,20 @@ def test_rows_at_the_ends_of_the_range(triton_device):
     assert torch.equal(found.scale.cpu(), wanted.scale)
 
 
+@pytest.mark.parametrize("bits", [8, 2])
+def test_rows_of_any_scale_round_as_ieee_divides(triton_device, bits):
+    """Values at the middle of two codes and a unit in the last place beside it, scales over the whole range."""
+    fmt, generator = cases.per_token(bits), torch.Generator().manual_seed(0)
+    powers = torch.linspace(-126, 120, 120).round()
+    scale = (1 + torch.rand(120, 1, generator=generator)) * torch.exp2(powers)[:, None]
+    middle = (torch.arange(129) % (2 * fmt.qmax) - fmt.qmax + 0.5) * scale
+    beside = torch.stack([middle, *(torch.nextafter(middle, to * middle) for to in (2, 0))]).flatten(0, 1)
+    x = torch.cat([fmt.qmax * scale.repeat(3, 1), beside], dim=1)
+    found, wanted = KERNEL.quantize(x.to(triton_device), fmt, None), quantize(x, fmt)
+    assert torch.equal(found.scale.cpu(), wanted.scale)
+    assert torch.equal(found.data.cpu()[:, :130], wanted.codes)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_rows_that_are_not_finite_do_not_pass_for_numbers(triton_device):
     x = cases.rows(8, 300, torch.float32)

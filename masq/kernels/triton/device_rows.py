@@ -2,7 +2,7 @@
 
 One program takes a few rows. ``SOURCE`` says what a row is before it is smoothed: an input row, an input row (plus a
 residual) under RMSNorm, or SiLU(gate) * up. All arithmetic is float32. Rounding is that of
-``masq.numerics.affine.quantize``: IEEE division by the scale, then half to even.
+``masq.numerics.affine.quantize``: the quotient by the scale as IEEE rounds it, then half to even.
 
 Shapes: N rows, I input channels, P = I rounded up to whole blocks, U smoothing vectors.
 """
@@ -22,6 +22,7 @@ _NORM, _SILU_MUL = tl.constexpr(NORM), tl.constexpr(SILU_MUL)
 # Added to an integer of few bits it leaves that integer, half to even, in the lowest bits of the float32.
 _MAGIC = tl.constexpr(1.5 * 2.0**23)
 _SMALLEST_SCALE = tl.constexpr(2.0**-126)
+_SMALL, _LARGE = tl.constexpr(2.0**-64), tl.constexpr(2.0**64)
 _MAGNITUDE_BITS = tl.constexpr(0x7FFFFFFF)
 
 
@@ -36,9 +37,33 @@ def rounded(values, to: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _codes(values, scale, QMAX: tl.constexpr, DIVISOR: tl.constexpr):
+def _fma(a, b, c, INTERPRETED: tl.constexpr):
+    """The sum a b + c rounded once; the interpreter would round the product too, which float64 holds."""
+    if INTERPRETED:
+        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    return tl.fma(a, b, c)
+
+
+@triton.jit
+def _quotient(values, scale, INTERPRETED: tl.constexpr):
+    """``values / scale`` as IEEE rounds it, without the branches of a division for every value.
+
+    With the rounded reciprocal the first product is within two units in the last place, one correction brings that
+    below one, and from there on a correction rounds as IEEE does (Markstein, IBM J. Res. Dev. 34(1), 1990). Scales
+    far from one are brought near it, so that no remainder underflows.
+    """
+    turn = tl.where(scale < _SMALL, _LARGE, tl.where(scale > _LARGE, _SMALL, 1.0))
+    divisor = scale * turn
+    inverse, values = tl.div_rn(1.0, divisor), values * turn
+    quotient = values * inverse
+    quotient = _fma(_fma(-quotient, divisor, values, INTERPRETED), inverse, quotient, INTERPRETED)
+    return _fma(_fma(-quotient, divisor, values, INTERPRETED), inverse, quotient, INTERPRETED)
+
+
+@triton.jit
+def _codes(values, scale, QMAX: tl.constexpr, DIVISOR: tl.constexpr, INTERPRETED: tl.constexpr):
     """Nearest codes, int8: the lowest byte of a float32 in which one unit is the last place."""
-    quotient = tl.div_rn(values, scale)
+    quotient = _quotient(values, scale, INTERPRETED)
     if DIVISOR > QMAX:
         quotient = tl.minimum(tl.maximum(quotient, -QMAX * 1.0), QMAX * 1.0)
     return (quotient + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
@@ -72,6 +97,20 @@ def _normalized(values, gamma, column, num_inner, eps):
     mean = tl.div_rn(tl.sum(values * values, axis=1), num_inner * 1.0)
     factor = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
     return values * factor[:, None] * tl.load(gamma + column, mask=column < num_inner, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _silu(gate, INTERPRETED: tl.constexpr):
+    """SiLU, gate / (1 + exp(-gate)), of exponentials that are never above one; its divisor is between one and two."""
+    small = tl.exp(-tl.abs(gate))
+    divisor = 1.0 + small
+    if INTERPRETED:
+        inverse = 1.0 / divisor
+    else:
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [divisor], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return gate * tl.where(gate >= 0, 1.0, small) * inverse
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -116,8 +155,7 @@ def quantize_rows(  # noqa: PLR0913
     if other is not None:
         second = tl.load(other + row[:, None] * other_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
         if SOURCE == _SILU_MUL:
-            small = tl.exp(-tl.abs(values))
-            values = values * tl.where(values >= 0, 1.0, small) / (1.0 + small) * second
+            values = _silu(values, INTERPRETED) * second
         else:
             # The sum as it is stored: what the model itself would normalize.
             stored = rounded(values + second, summed.dtype.element_ty, INTERPRETED)
@@ -135,19 +173,17 @@ def quantize_rows(  # noqa: PLR0913
         tl.store(to, rounded(values, taken.dtype.element_ty, INTERPRETED), mask=inside & (place >= 0)[:, None])
     scale = _scale(_highest(values), DIVISOR)
     padded = alive[:, None] & (column < num_padded)[None, :]
-    nearest = _codes(values, scale[:, None], QMAX, DIVISOR)
+    nearest = _codes(values, scale[:, None], QMAX, DIVISOR, INTERPRETED)
     tl.store(codes + row[:, None] * num_padded + column[None, :], nearest, mask=padded)
     tl.store(scales + row, scale, mask=alive)
 
 
 @triton.jit
-def _part(x_at, other_at, inverse_at, centre_at, inside, SOURCE: tl.constexpr):
+def _part(x_at, other_at, inverse_at, centre_at, inside, SOURCE: tl.constexpr, INTERPRETED: tl.constexpr):
     """Smoothed values of some columns of one row, float32."""
     values = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
     if SOURCE == _SILU_MUL:
-        small = tl.exp(-tl.abs(values))
-        up = tl.load(other_at, mask=inside, other=0.0).to(tl.float32)
-        values = values * tl.where(values >= 0, 1.0, small) / (1.0 + small) * up
+        values = _silu(values, INTERPRETED) * tl.load(other_at, mask=inside, other=0.0).to(tl.float32)
     if centre_at is not None:
         values = values - tl.load(centre_at, mask=inside, other=0.0).to(tl.float32)
     if inverse_at is not None:
@@ -194,7 +230,9 @@ def quantize_wide_rows(  # noqa: PLR0913
         other_at = x if other is None else other + row * other_stride + column
         inverse_at = None if inverse is None else inverse_row + column
         centre_at = None if centre is None else centre_row + column
-        values = _part(x + row * x_stride + column, other_at, inverse_at, centre_at, column < num_inner, SOURCE)
+        values = _part(
+            x + row * x_stride + column, other_at, inverse_at, centre_at, column < num_inner, SOURCE, INTERPRETED
+        )
         largest = tl.maximum(largest, values.to(tl.int32, bitcast=True) & _MAGNITUDE_BITS)
     scale = _scale(tl.max(largest, axis=0), DIVISOR)
     for start in range(0, num_padded, COLUMNS):
@@ -202,9 +240,12 @@ def quantize_wide_rows(  # noqa: PLR0913
         other_at = x if other is None else other + row * other_stride + column
         inverse_at = None if inverse is None else inverse_row + column
         centre_at = None if centre is None else centre_row + column
-        values = _part(x + row * x_stride + column, other_at, inverse_at, centre_at, column < num_inner, SOURCE)
+        values = _part(
+            x + row * x_stride + column, other_at, inverse_at, centre_at, column < num_inner, SOURCE, INTERPRETED
+        )
         if places is not None:
             own = rounded(values, taken.dtype.element_ty, INTERPRETED)
             tl.store(taken + place * num_inner + column, own, mask=(column < num_inner) & (place >= 0))
-        tl.store(codes + row * num_padded + column, _codes(values, scale, QMAX, DIVISOR), mask=column < num_padded)
+        nearest = _codes(values, scale, QMAX, DIVISOR, INTERPRETED)
+        tl.store(codes + row * num_padded + column, nearest, mask=column < num_padded)
     tl.store(scales + row, scale)
