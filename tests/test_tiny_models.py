@@ -16,8 +16,10 @@ from experiments.tiny_models import constants as C
 
 pytest.importorskip("sklearn", reason="the recipe wants scikit-learn")
 
-from experiments.tiny_models import align, card, dataset, export, prompts, run, tasks, warmup  # noqa: E402
+from experiments.tiny_models import align, card, dataset, export, prompts, rerun, run, tasks, warmup  # noqa: E402
+from masq.files import read_json  # noqa: E402
 from masq.models.zoo import smol_omni  # noqa: E402
+from masq.report.record import read_record  # noqa: E402
 
 TOOLS = [
     *(f"{name} is not installed" for name in ("espeak-ng", "bible") if shutil.which(name) is None),
@@ -217,6 +219,26 @@ def test_the_one_command_runs_every_stage_in_order() -> None:
               "align --second", "export", "masq run", "card")  # fmt: skip
     assert len(done) == len(begins)
     assert all(one.startswith(start) for one, start in zip(done, begins, strict=True))
+    labels = [[run.label(one) for one in together] for together in run.stages(Path("w"), 2)]
+    assert labels[:4] == [
+        *(["warmup vision", "warmup audio"], ["align"], ["warmup vision --polish", "warmup audio --polish"]),
+        ["align --second"],
+    ]
+
+
+def test_a_rerun_of_the_recipe_tells_its_stages() -> None:
+    at = "2026-11-30 11:24:20,201"
+    log = "\n".join(
+        f"{at} {line}" for line in ("warmup a, warmup b: 10 s", "a word", "warmup a, warmup b: 5 s", "align: 7 s")
+    )
+    assert rerun.stages(log) == [{"name": "warmup a, warmup b", "seconds": 15}, {"name": "align", "seconds": 7}]
+
+
+def test_the_committed_rerun_is_that_of_its_record() -> None:
+    if not rerun.FOUND.exists():
+        pytest.skip("not run yet")
+    table = rerun.render(read_json(rerun.FOUND), read_record(rerun.SHIPPED))
+    assert rerun.TABLE.read_text() == table
 
 
 def test_shipped_files_are_within_their_limits() -> None:

@@ -37,6 +37,13 @@ def stages(work: Path, threads: int) -> list[list[list[str]]]:
     ]
 
 
+def label(command: list[str]) -> str:
+    """A stage in a log: its module and what it is told, the folder and threads aside."""
+    module, *told = command
+    given = told[: told.index("--work")] if "--work" in told else told[:1]
+    return " ".join([module.removeprefix(f"{PACKAGE}."), *given])
+
+
 def main() -> None:
     """Command line: the folder for checkpoints and the number of threads."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -51,7 +58,7 @@ def main() -> None:
         for command, process in zip(commands, running, strict=True):
             if process.wait():
                 raise SystemExit(f"{' '.join(command)} ended with {process.returncode}; repeat the recipe to resume")
-        log.info("%s: %.0f s", ", ".join(" ".join(one[:2]) for one in together), time.time() - started)
+        log.info("%s: %.0f s", ", ".join(map(label, together)), time.time() - started)
 
 
 if __name__ == "__main__":
