@@ -1,4 +1,4 @@
-"""The recipe run again from a clean checkout: how long its stages took, and its float scores beside the shipped ones."""
+"""The recipe run again from a clean checkout: how long its stages took, float scores beside those of what is shipped."""
 
 from __future__ import annotations
 
