@@ -1,4 +1,4 @@
-"""The recipe run again from a clean checkout: how long its stages took, float scores beside those of what is shipped."""
+"""The recipe run again from a clean checkout: how long stages took, float scores beside those of what is shipped."""
 
 from __future__ import annotations
 
