@@ -74,10 +74,12 @@ def load_finished(folder: Path, device: str | None = None, *, pack: bool = True)
     config = decode(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     model = replace(config.model, modalities=active_modalities(config), device=device or config.model.device)
     adapter = load(model, folder)
-    adapter.decoding = config.evaluation.decoding if model.device.startswith("cuda") else "eager"
     context, _ = install(adapter)
+    adapter.context = context
     if not config.method.is_float:
         restore(adapter, stages_of(config), context, BlockStore(folder / "blocks"))
         if pack and config.execution != "simulated":
             deploy(adapter, config.kernel, fused=config.execution == "fused")
+    if model.device.startswith("cuda") and (pack or config.method.is_float):
+        adapter.decoding = config.evaluation.decoding
     return adapter

@@ -150,6 +150,7 @@ def _fill(
         adapter = load(model, folder)
         adapter.decoding = config.evaluation.decoding
         context, handle = install(adapter)
+        adapter.context = context
     if not config.method.is_float:
         _quantize(record, config, adapter, context, data["calibration"], hashes, folder)
         if config.execution != "simulated":

@@ -17,12 +17,12 @@ import torch
 from tabulate import tabulate
 
 from experiments.bench.interleaved import interleave
-from experiments.bench.packed_model import BASE, SHAPES, fused_decoder, linear_bytes, packed_decoder, random_decoder
+from experiments.bench.packed_model import BASE, SHAPES, fused_decoder, packed_decoder, random_decoder
 from masq.files import atomic_write_bytes, atomic_write_json
 from masq.models.base import Modality
-from masq.models.decoder import LlamaBlock
 from masq.models.step_graph import Step, cuda_graph
 from masq.modules.modality import ModalityContext
+from masq.modules.packed_linear import PackedLinear
 from masq.report.provenance import provenance
 
 log = logging.getLogger(__name__)
@@ -79,22 +79,29 @@ def measure(device: str, num_blocks: int, budget: float) -> list[dict[str, Any]]
         calls[name + EAGER] = _waiting(step, device)
         if device != "cpu":
             step()
-            calls[name + GRAPHED] = _waiting(cuda_graph(step), device)
+            calls[name + GRAPHED] = _waiting(cuda_graph(step, torch.device(device)), device)
     found = interleave(calls, BASE + EAGER, budget)
     cells = []
     for name, timing in found.items():
         model = models[name.removesuffix(EAGER).removesuffix(GRAPHED)]
-        size = linear_bytes([LlamaBlock(layer, model.config) for layer in model.layers])
+        size = sum(map(weight_bytes, model.layers))
         kernels = sorted(getattr(model, "kernels", ()))
         cells.append({"blocks": num_blocks, "name": name, "kernels": kernels, **asdict(timing), "bytes": size})
     return cells
+
+
+def weight_bytes(layer: torch.nn.Module) -> int:
+    """What a step of text reads of the linears of a block: weights and their scales, no corrections."""
+    packed = {one.stack for one in layer.modules() if isinstance(one, PackedLinear)}
+    dense = [one.weight for one in layer.modules() if isinstance(one, torch.nn.Linear)]
+    return sum(one.prepare().weight.num_bytes for one in packed) + sum(one.nbytes for one in dense)
 
 
 def _waiting(step: Step, device: str) -> Step:
     def call() -> None:
         step()
         if device != "cpu":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
 
     return call
 
@@ -106,7 +113,7 @@ def render(found: dict[str, Any]) -> str:
         + [f"{cell['bytes'] / 2**20:.0f}", f"{cell['bytes'] / cell['seconds'] / 1e9:.0f}"]
         for cell in found["cells"]
     ]
-    headings = ["", "ms a token", f"times faster than {BASE}{EAGER}", "MiB of linears", "GB of them a second"]
+    headings = ["", "ms a token", f"times faster than {BASE}{EAGER}", "MiB of weights", "GB of them a second"]
     made = found["provenance"]
     about = (
         f"One step behind {PROMPT} tokens, {found['cells'][0]['blocks']} of {LAYERS} blocks of the {SHAPE} shape on "

@@ -20,7 +20,7 @@ def check_rows(x: torch.Tensor, smoothing: RowSmoothing | None, take: Selection 
     Raises:
         NumericalError: rows or factors of another dtype, shape or layout, a selection of other rows.
     """
-    check_selection(take, len(x))
+    check_selection(take, x)
     inverse, centre = (None, None) if smoothing is None else (smoothing.inverse, smoothing.centre)
     wrong = x.dim() != 2 or not x.is_contiguous() or x.dtype not in _ROW_DTYPES
     if inverse is not None:
@@ -50,8 +50,8 @@ def check_norm(x: torch.Tensor, norm: Norm) -> None:
         )
 
 
-def check_selection(selected: Selection | None, num_rows: int) -> None:
-    """Refuse a selection among another number of rows.
+def check_selection(selected: Selection | None, x: torch.Tensor) -> None:
+    """Refuse a selection among another number of rows, or on another device.
 
     Raises:
         NumericalError: it is.
@@ -59,11 +59,12 @@ def check_selection(selected: Selection | None, num_rows: int) -> None:
     if selected is None:
         return
     rows, places = selected.rows, selected.places
-    wrong = (rows.dtype, places.dtype) != (torch.int64, torch.int32) or places.shape != (num_rows,)
+    wrong = (rows.dtype, places.dtype) != (torch.int64, torch.int32) or places.shape != x.shape[:1]
+    wrong |= {rows.device, places.device} != {x.device}
     if wrong or rows.dim() != 1 or not (rows.is_contiguous() and places.is_contiguous()):
         raise NumericalError(
-            "a selection must tell int64 numbers of rows, and an int32 place for every row there is",
-            value=f"rows {rows.dtype} {_shape(rows)}, places {places.dtype} {_shape(places)} of {num_rows}",
+            "a selection must tell int64 numbers of rows, and an int32 place for every row there is, on their device",
+            value=f"rows {rows.dtype} {_shape(rows)}, places {places.dtype} {_shape(places)} of {_shape(x)}",
             remedy="make it by Selection.of with the number of rows",
         )
 
@@ -74,7 +75,7 @@ def check_gate(gate: torch.Tensor, up: torch.Tensor, take: Selection | None) -> 
     Raises:
         NumericalError: they are, or the selection is of other rows.
     """
-    check_selection(take, len(gate))
+    check_selection(take, gate)
     alike = gate.dim() == 2 and (gate.shape, gate.dtype) == (up.shape, up.dtype) and gate.dtype in _ROW_DTYPES
     if not alike or (gate.shape[1] > 1 and (gate.stride(1), up.stride(1)) != (1, 1)):
         raise NumericalError(

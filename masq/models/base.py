@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -101,6 +101,15 @@ class BlockAdapter(ABC):
         return output[0] if isinstance(output, tuple) else output
 
 
+class KnownModality(Protocol):
+    """What decoding asks of the context of quantized linears."""
+
+    @property
+    def text_only(self) -> bool:
+        """Whether all tokens of the running call are text."""
+        ...
+
+
 class ModelAdapter(ABC):
     """A loaded multimodal model and its processor behind one contract.
 
@@ -116,10 +125,12 @@ class ModelAdapter(ABC):
         residence: where its weights are.
         residual_signs: signs of the Hadamard rotation that the residual stream was given, None in its own basis.
         decoding: how ``generate`` runs steps, see ``EvaluationConfig``.
+        context: where quantized linears read the modality of tokens, None where there are none.
     """
 
     modalities: tuple[Modality, ...] = (Modality.TEXT,)
     decoding: Literal["eager", "graphed"] = "eager"
+    context: KnownModality | None
     _towers: dict[str, nn.Module] | None
 
     def __init__(
@@ -136,7 +147,7 @@ class ModelAdapter(ABC):
         self.pad_id = int(self.end_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id)
         self._token_modalities = TokenModalities(self.placeholders())
         self.residual_signs: torch.Tensor | None = None
-        self.residence, self._towers = Residence(), None
+        self.residence, self._towers, self.context = Residence(), None, None
         # generate() fills what a caller leaves open from here; a published file would make it sample.
         self.model.generation_config = generation.greedy_config(self.end_ids, self.pad_id, self.placeholders())
         self.check_blocks()

@@ -11,7 +11,7 @@ from masq.errors import ModelError
 from masq.models.step_graph import replayed_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from transformers import GenerationConfig
 
@@ -69,12 +69,29 @@ def greedy(
 
 
 def _steps(adapter: ModelAdapter, config: GenerationConfig) -> AbstractContextManager[Any]:
-    """How steps are run: as ``adapter.decoding`` says, for which ``config`` is changed."""
+    """How steps are run: as ``adapter.decoding`` says, for which ``config`` is changed.
+
+    Raises:
+        ModelError: the model's attention is not one whose steps can be replayed.
+    """
     if adapter.decoding == "eager":
         return nullcontext()
+    kinds = set(adapter.block_attention_kinds())
+    if kinds != {"full_attention"}:
+        raise ModelError(
+            "graphs replay steps of models whose blocks look at all tokens: windows move where no graph looks",
+            value=", ".join(sorted(kinds)),
+            remedy="set evaluation.decoding=eager",
+        )
     # Steps are captured here: transformers is not to compile them as well.
     config.cache_implementation, config.disable_compile = "static", True
-    return replayed_steps(adapter.model, lambda inputs: not bool((adapter.modality_of(inputs) > 0).any()))
+    known = adapter.context
+
+    def is_text(inputs: Mapping[str, Any]) -> bool:
+        # Asked before a step is captured, inside of which nobody may wait for an answer.
+        return known.text_only if known is not None else not bool((adapter.modality_of(inputs) > 0).any())
+
+    return replayed_steps(adapter.model, is_text)
 
 
 def _cut(ids: list[int], ends: Collection[int]) -> list[int]:

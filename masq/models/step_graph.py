@@ -22,12 +22,25 @@ WARM_UP = 2
 """Steps before one is captured."""
 
 
-def cuda_graph(step: Step) -> Step:
-    """Capture a step, which this does not run, in a graph; what is returned runs it, into one and the same output."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = step()
+def cuda_graph(step: Step, device: torch.device) -> Step:
+    """Capture a step, which this does not run, in a graph of a GPU; what is returned runs it, into the same output.
+
+    Raises:
+        ModelError: something in the step cannot be captured.
+    """
+    with torch.cuda.device(device):
+        # A stream of this very GPU: the one that torch keeps for captures belongs to that of the first.
+        before, stream, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                output = step()
+        except RuntimeError as error:
+            torch.cuda.set_stream(before)
+            raise ModelError(
+                "a step of an answer must leave the processor alone, to be captured as a CUDA graph",
+                value=str(error).splitlines()[0],
+                remedy="set evaluation.decoding=eager for this model",
+            ) from error
 
     def replay() -> Any:
         graph.replay()
@@ -49,7 +62,7 @@ class StepReplay:
         self,
         forward: Callable[..., Any],
         is_text: Callable[[Mapping[str, Any]], bool],
-        capture: Callable[[Step], Step] = cuda_graph,
+        capture: Callable[[Step], Step],
     ) -> None:
         self.forward, self.is_text, self.capture = forward, is_text, capture
         self.num_steps = self.num_replayed = 0
@@ -101,10 +114,17 @@ def _alike(kept: Any, given: Any) -> bool:
 
 @contextmanager
 def replayed_steps(
-    model: Any, is_text: Callable[[Mapping[str, Any]], bool], capture: Callable[[Step], Step] = cuda_graph
+    model: Any, is_text: Callable[[Mapping[str, Any]], bool], capture: Callable[[Step], Step] | None = None
 ) -> Iterator[StepReplay]:
-    """Inside, ``model.generate`` with a static cache replays its steps; for one call of it."""
-    plain = model.forward
+    """Inside, ``model.generate`` with a static cache replays its steps; for one call of it.
+
+    Args:
+        model: of transformers.
+        is_text: see ``StepReplay``.
+        capture: likewise, None for graphs of the GPU that the model is on.
+    """
+    plain, own = model.forward, model.__dict__.get("forward")
+    capture = capture or functools.partial(cuda_graph, device=model.device)
     replay = StepReplay(plain, is_text, capture)
 
     # ``generate`` asks the signature of ``forward`` what it may be called with.
@@ -117,3 +137,5 @@ def replayed_steps(
         yield replay
     finally:
         del model.forward
+        if own is not None:
+            model.forward = own

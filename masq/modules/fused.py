@@ -71,8 +71,7 @@ def fuse_blocks(blocks: Iterable[BlockAdapter]) -> int:
 
     A norm that is no RMSNorm, an activation that is no SiLU, linears that do not run as one, a rotation of their input,
     and kernels without such a pass (``Kernel.fuses``; asked in every call, so that a model may move) leave a place as
-    it is. Hooks on the linears of a fused place no longer see what they read: rows that no correction needs are not
-    there.
+    it is. Hooks on the linears of a fused place no longer see what they read: nothing in it is defined.
 
     Args:
         blocks: with packed linears.

@@ -69,8 +69,7 @@ class ModalityContext:
         if key not in self._buffers:
             self._buffers[key] = torch.empty_like(ids, memory_format=torch.contiguous_format)
         self._current = self._buffers[key].copy_(ids)
-        # Asked here, where a GPU may be waited for: inside a forward pass that is captured it must be known.
-        self._derived = {"text_only": not bool((ids > 0).any())}
+        self._derived.clear()
 
     def current(self, batch: int, tokens: int) -> torch.Tensor:
         """The current ids, int8 [batch, tokens]; the tensor is reused, do not keep or change it.
@@ -90,10 +89,8 @@ class ModalityContext:
 
     @property
     def text_only(self) -> bool:
-        """Whether no current token is of another modality than text, padding aside."""
-        if self._current is None:
-            self._none_set()
-        return self._derived["text_only"]
+        """Whether no current token is of another modality than text, padding aside; asked once for all layers."""
+        return self._once("text_only", lambda ids: not bool((ids > 0).any()))
 
     @property
     def indices(self) -> torch.Tensor:

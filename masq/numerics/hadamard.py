@@ -62,6 +62,12 @@ def paley_matrix(order: int) -> torch.Tensor:
     return torch.kron(core, plus) + torch.kron(eye, minus)
 
 
+@lru_cache(maxsize=64)
+def _paley_like(order: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """``paley_matrix`` where it is needed: a GPU is not sent it again for every row, nor inside a captured graph."""
+    return paley_matrix(order).to(device, dtype)
+
+
 def random_signs(n: int, *key: object) -> torch.Tensor:
     """Signs +-1, float64 [n], of a stream of its own for ``key`` (seed, stage, place)."""
     digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
@@ -87,7 +93,7 @@ def rotate(x: torch.Tensor, signs: torch.Tensor | None = None) -> torch.Tensor:
     y = x if signs is None else x * signs.to(x)
     y = y.reshape(-1, 2**power, order)
     if order > 1:
-        y = y @ paley_matrix(order).to(y).t()
+        y = y @ _paley_like(order, y.device, y.dtype).t()
     return (_butterfly(y).reshape(x.shape) * n**-0.5).to(x.dtype)
 
 
@@ -97,7 +103,7 @@ def rotate_back(x: torch.Tensor, signs: torch.Tensor | None = None) -> torch.Ten
     power, order = factor(n)
     y = x.reshape(-1, 2**power, order)
     if order > 1:
-        y = y @ paley_matrix(order).to(y)
+        y = y @ _paley_like(order, y.device, y.dtype)
     # Sylvester's factor is symmetric: the same butterfly undoes it.
     y = (_butterfly(y).reshape(x.shape) * n**-0.5).to(x.dtype)
     return y if signs is None else y * signs.to(y)

@@ -89,8 +89,8 @@ def project(rows: torch.Tensor, left: torch.Tensor, scale: torch.Tensor | None) 
 
     Args:
         rows: [n, I].
-        left: of ``Factors``.
-        scale: of ``Factors``.
+        left: of ``Factors``, perhaps with columns of zeros (``PreparedFactors.widened``).
+        scale: of ``Factors``, one for each column.
 
     Returns:
         [n, R] in the dtype of the rows.
