@@ -24,7 +24,8 @@ _PACKAGE = "experiments.tiny_models."
 def stages(log: str) -> list[dict[str, Any]]:
     """Name and seconds of every stage of ``recipe.log``, the parts of one that was resumed taken together."""
     lines = [found for line in log.splitlines() if (found := _STAGE.match(line))]
-    runs = itertools.groupby(lines, key=lambda line: line["name"].replace(_PACKAGE, "").replace(" --work", ""))
+    # No folder belongs into a record.
+    runs = itertools.groupby(lines, key=lambda line: re.sub(r" (--work|/\S+)", "", line["name"].replace(_PACKAGE, "")))
     return [{"name": name, "seconds": sum(int(line["seconds"]) for line in group)} for name, group in runs]
 
 
@@ -59,7 +60,8 @@ def render(found: dict[str, Any], shipped: RunRecord) -> str:
     about = (
         f"Float scores of the whole evaluation split. The recipe ran on two threads of {made['device_name']}, torch "
         f"{made['libraries']['torch']}, at commit {made['commit'][:7]}, interrupted and resumed, while other work ran "
-        "beside it; its weights are not shipped, for every record here is of those that are. "
+        "beside it; the splits it exported are those that are shipped, byte for byte, its weights are not shipped, for "
+        "every record here is of those that are. "
         "`python -m experiments.tiny_models.rerun WORK` behind `python -m experiments.tiny_models.run --work WORK`."
     )
     return f"{scores}\n\n{wall}\n\n{about}\n"
