@@ -33,7 +33,7 @@ def summary(work: Path) -> dict[str, Any]:
     """What a finished run of the recipe left in its folder: stages, scores, and where they come from."""
     [path] = (work / "float").glob("*/record.json")
     record = read_record(path)
-    kept = ("commit", "dirty", "libraries", "device_name", "threads", "started", "finished")
+    kept = ("commit", "dirty", "libraries", "device_name", "threads", "data", "started", "finished")
     return {
         "stages": stages((work / "logs" / "recipe.log").read_text(encoding="utf-8")),
         "scores": record.scores,
@@ -57,11 +57,12 @@ def render(found: dict[str, Any], shipped: RunRecord) -> str:
     times.append(["in all", f"{total / 60:.0f}"])
     wall = tabulate(times, ["stage", "minutes"], tablefmt="github", disable_numparse=True)
     made = found["provenance"]
+    alike = made["data"]["evaluation"] == shipped.provenance["data"]["evaluation"]
     about = (
         f"Float scores of the whole evaluation split. The recipe ran on two threads of {made['device_name']}, torch "
         f"{made['libraries']['torch']}, at commit {made['commit'][:7]}, interrupted and resumed, while other work ran "
-        "beside it; the splits it exported are those that are shipped, byte for byte, its weights are not shipped, for "
-        "every record here is of those that are. "
+        f"beside it. It exported {'the' if alike else 'another than the'} evaluation split that is shipped; its weights "
+        "are not shipped, for every record here is of those that are. "
         "`python -m experiments.tiny_models.rerun WORK` behind `python -m experiments.tiny_models.run --work WORK`."
     )
     return f"{scores}\n\n{wall}\n\n{about}\n"
