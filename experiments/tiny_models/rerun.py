@@ -61,8 +61,8 @@ def render(found: dict[str, Any], shipped: RunRecord) -> str:
     about = (
         f"Float scores of the whole evaluation split. The recipe ran on two threads of {made['device_name']}, torch "
         f"{made['libraries']['torch']}, at commit {made['commit'][:7]}, interrupted and resumed, while other work ran "
-        f"beside it. It exported {'the' if alike else 'another than the'} evaluation split that is shipped; its weights "
-        "are not shipped, for every record here is of those that are. "
+        f"beside it. It exported {'the' if alike else 'another than the'} evaluation split that is shipped; its "
+        "weights are not shipped, for every record here is of those that are. "
         "`python -m experiments.tiny_models.rerun WORK` behind `python -m experiments.tiny_models.run --work WORK`."
     )
     return f"{scores}\n\n{wall}\n\n{about}\n"
