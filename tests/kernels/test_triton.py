@@ -15,7 +15,7 @@ import torch
 from masq.kernels.base import LinearSpec, LowRank, RowAddend, RowSmoothing, Selection
 from masq.kernels.triton import kernel
 from masq.kernels.triton.kernel import MAX_INPUTS
-from masq.kernels.triton.tiles import choose, num_splits, table_of, tiles_of
+from masq.kernels.triton.tiles import choose, num_splits, num_splits_of_few, table_of, tiles_of
 from masq.numerics.affine import quantize
 from masq.numerics.scheme import LinearFormat, TensorFormat
 from tests.kernels import cases
@@ -60,7 +60,10 @@ def test_integers_of_the_largest_sums_do_not_overflow(triton_device, bits, count
     assert torch.equal(found, exact.expand(count, 9))
 
 
-@pytest.mark.parametrize(("bits", "sizes"), [(8, [(17, 1100)]), (4, [(3, 700), (17, 1100), (1, 200)])])
+@pytest.mark.parametrize(
+    ("bits", "sizes"),
+    [(8, [(17, 1100), (2, 1100)]), (4, [(5, 700), (17, 1100), (5, 200), (1, 2100), (3, 200), (4, 1100)])],
+)
 def test_integers_whatever_the_number_of_splits(triton_device, launches, monkeypatch, bits, sizes):
     """Also where slices differ in length, or some are empty."""
     for count, inner in sizes:
@@ -68,7 +71,8 @@ def test_integers_whatever_the_number_of_splits(triton_device, launches, monkeyp
         bias = torch.randn(70)
         wanted = cases.oracle(x, packed, ACTIVATION, bias=bias, dtype=torch.bfloat16)
         for splits in (1, 2, 4, 8):
-            monkeypatch.setattr(launches, "num_splits", lambda *_, splits=splits: splits)
+            for name in ("num_splits", "num_splits_of_few"):
+                monkeypatch.setattr(launches, name, lambda *_, splits=splits: splits)
             assert torch.equal(run(triton_device, x, packed, ACTIVATION, bias=bias, dtype=torch.bfloat16), wanted)
 
 
@@ -205,6 +209,15 @@ def test_splits_give_every_processor_work_and_no_more():
     for outputs, inner, wanted in ((37888, 3584, 1), (3584, 3584, 4), (3584, 18944, 8), (512, 256, 1), (4608, 3584, 4)):
         assert num_splits(choose(90, True, 1, outputs, 132), 1, outputs, inner, 132) == wanted
     assert num_splits(choose(90, True, 65, 64, 132), 65, 64, 18944, 132) == 1
+    # Of a row or a few: outputs, and words of a line of 4-bit weights.
+    for outputs, inner, wanted in (
+        (37888, 3584, 1),
+        (3584, 3584, 1),
+        (3584, 18944, 4),
+        (4608, 3584, 1),
+        (2048, 11008, 2),
+    ):
+        assert num_splits_of_few(outputs, inner // 8, 132) == wanted
 
 
 @pytest.mark.parametrize("four", [False, True])

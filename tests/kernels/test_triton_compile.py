@@ -6,6 +6,7 @@ whether it multiplies integers on tensor cores, and whether operands reach them 
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import pytest
@@ -19,7 +20,7 @@ if INTERPRETED:
 pytest.importorskip("triton")
 
 from masq.kernels.triton import ops
-from masq.kernels.triton.tiles import SHARED_MEMORY, Tile, tiles_of
+from masq.kernels.triton.tiles import SHARED_MEMORY, VERY_FEW_ROWS, Tile, num_splits_of_few, tiles_of
 from tests.kernels.compiling import CUOBJDUMP, PROCESSORS, Compiled, for_gpu
 
 pytestmark = pytest.mark.skipif(not CUOBJDUMP.exists(), reason="triton came without the tools for NVIDIA GPUs")
@@ -85,6 +86,13 @@ def check_limits(compiled: Compiled, capability: int) -> None:
     assert compiled.shared <= SHARED_MEMORY[capability]
 
 
+def loops(sass: str) -> list[str]:
+    """What lies between a branch back and where it goes."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", sass)]
+    back = [(int(to[1], 16), at) for at, text in lines if (to := re.search(r"BRA.*0x([0-9a-f]+)", text))]
+    return ["\n".join(text for at, text in lines if to <= at <= end) for to, end in back if to < end]
+
+
 @pytest.mark.parametrize(("capability", "four", "tile", "factors"), lines())
 def test_a_product(capability: int, four: bool, tile: Tile, factors: torch.dtype | None, record_property):
     found = product(capability, four, tile.max_rows or MAX_ROWS, factors)
@@ -121,12 +129,27 @@ def test_two_programs_share_a_processor(four, num_rows, factors):
 
 @pytest.mark.parametrize("four", [False, True])
 def test_few_rows_are_split_and_combined(four):
-    found = product(90, four, 1, None, num_outputs=3584)
+    found = product(90, four, 16, None, num_outputs=3584)
     assert [one.name for one in found] == ["multiply", "combine"]
     for compiled in found:
         check_limits(compiled, 90)
-    wide = product(90, four, 1, None)
+    wide = product(90, four, 16, None)
     assert [one.name for one in wide] == ["multiply"]
+
+
+@pytest.mark.parametrize("four", [False, True])
+@pytest.mark.parametrize("num_rows", [1, VERY_FEW_ROWS])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_a_row_or_a_few_read_weights_straight_to_registers(capability, num_rows, four):
+    """Sixteen bytes at a time, multiplied four codes at once, with no shared memory and nobody to wait for."""
+    (compiled,) = product(capability, four, num_rows, None)
+    assert compiled.name == "multiply_few"
+    check_limits(compiled, capability)
+    assert compiled.sass.count("IDP.4A") == 16 * num_rows * (2 if four else 1)
+    assert compiled.sass.count("LDG.E.128") >= 4
+    (loop,) = loops(compiled.sass)
+    assert not any(name in loop for name in ("BAR", "LDS", "STS", "LDG.E.64", "LDG.E "))
+    assert num_splits_of_few(3584, 18944 // 8, PROCESSORS[90]) > 1
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from masq.kernels.triton import device_gemm, device_rows
 from masq.kernels.triton.layout import RANKS
-from masq.kernels.triton.tiles import BLOCK, WARP_GROUPS, Tile, choose, num_splits, table_of
+from masq.kernels.triton.tiles import (
+    BLOCK,
+    FEW,
+    VERY_FEW_ROWS,
+    WARP_GROUPS,
+    Tile,
+    choose,
+    num_splits,
+    num_splits_of_few,
+    table_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,6 +45,7 @@ WIDE = 8192
 _WIDE_COLUMNS = 4096
 _INTERPRETED_ELEMENTS = 2**16
 _INTERPRETED_GPU = (90, 8)
+_INTERPRETED_OUTPUTS = 64
 
 _LIBRARY = torch.library.Library("masq", "FRAGMENT")
 
@@ -212,6 +223,9 @@ def multiply_codes(  # noqa: PLR0913
     y = x.new_empty(len(x), len(w), dtype=dtype)
     if y.numel() == 0:
         return y
+    if len(x) <= VERY_FEW_ROWS and added is None and not u:
+        _multiply_few(x, x_scale, w, w_scale, bias, y, four)
+        return y
     table, processors = gpu(x.device)
     tile = choose(table, four, len(x), len(w), processors)
     plain = added is None and not u
@@ -237,6 +251,34 @@ def multiply_codes(  # noqa: PLR0913
     if splits > 1:
         _combine(sums, x_scale, w_scale, bias, y, four)
     return y
+
+
+def _multiply_few(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    four: bool,
+) -> None:
+    num_rows, num_outputs = y.shape
+    num_words = w.shape[1] // 4
+    splits = num_splits_of_few(num_outputs, num_words, gpu(x.device)[1])
+    sums = y if splits == 1 else x.new_empty(splits, num_rows, num_outputs, dtype=torch.int32)
+    outputs = _INTERPRETED_OUTPUTS if INTERPRETED else FEW.outputs
+    _launch(
+        *(device_gemm.multiply_few, (triton.cdiv(num_outputs, outputs), splits), x.device, x.view(torch.int32)),
+        *(x_scale, w.view(torch.int32), w_scale, bias, sums, num_outputs, num_words),
+        FOUR=four,
+        ROWS=num_rows,
+        SPLITS=splits,
+        BLOCK_N=outputs,
+        WORDS=FEW.words,
+        num_warps=FEW.warps,
+    )
+    if splits > 1:
+        _combine(sums, x_scale, w_scale, bias, y, four)
 
 
 def _described(codes: torch.Tensor, lines: int, tile: Tile) -> TensorDescriptor:

@@ -140,3 +140,35 @@ def num_splits(tile: Tile, num_rows: int, num_outputs: int, num_inner: int, proc
             break
         splits *= 2
     return splits
+
+
+@dataclass(frozen=True)
+class FewTile:
+    """How one row or a few are multiplied, on every GPU.
+
+    Attributes:
+        outputs: of a program.
+        words: of a line of weights that it reads at once, four bytes each: half a kilobyte in one piece.
+        warps: of a program; one has nobody to wait for, and the codes of a row where it needs them.
+    """
+
+    outputs: int
+    words: int
+    warps: int
+
+
+VERY_FEW_ROWS = 4
+"""Up to here tensor cores are left aside; the products of more rows would outweigh the reading of weights."""
+FEW = FewTile(outputs=4, words=128, warps=1)
+_FEW_PROGRAMS_PER_PROCESSOR, _STEPS_PER_SPLIT = 24, 3
+
+
+def num_splits_of_few(num_outputs: int, num_words: int, processors: int) -> int:
+    """Into how many slices to cut a line so that enough programs read at the same time: a power of two."""
+    programs, steps = -(-num_outputs // FEW.outputs), -(-num_words // FEW.words)
+    splits = 1
+    while splits < MAX_SPLITS and 2 * splits * _STEPS_PER_SPLIT <= steps:
+        if splits * programs >= _FEW_PROGRAMS_PER_PROCESSOR * processors:
+            break
+        splits *= 2
+    return splits
