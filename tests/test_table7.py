@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.bench import gpu_decode, packed_model, table7
+from experiments.bench import gpu_decode, gpu_profile, packed_model, table7
 from masq.files import read_json
 
 ROOT = Path(__file__).parent.parent
@@ -65,3 +65,7 @@ def test_the_committed_table_is_that_of_the_record() -> None:
     measured = read_json(record)
     assert measured["provenance"]["dirty"] is False
     assert (ROOT / "results" / "tables" / "table7.md").read_text() == table7.render(measured)
+
+
+def test_the_committed_profile_is_that_of_its_record() -> None:
+    assert gpu_profile.TABLE.read_text() == gpu_profile.render(read_json(gpu_profile.RECORD))
