@@ -67,11 +67,11 @@ def render(found: dict[str, Any]) -> str:
     about = (
         f"From `results/bench/gpu_linears.json` ({made['device_name']}, commit {made['commit'][:7]}) by `python -m "
         "experiments.bench.gpu_profile`. Decoding at 4 bits reads half the bytes in nearly the time of 8: it is steps "
-        "that take the time (each a wait, barriers and an unpacking through shared memory, as the compiled code shows), "
+        "that take the time (each a wait, barriers, an unpacking through shared memory, as the compiled code shows), "
         "not bytes. Corrections take many times what their rows need: the kernel of their first factor had a program "
         "for 64 rows and 64 ranks, too few for so many processors, and second factors were read two bytes at a time, "
         "each step waiting for them. Quantization divided every value with branches. All of it has been rewritten "
-        "since, and not been measured."
+        "since, decoding for up to four rows, and not been measured."
     )
     return f"{decoding(seconds, shapes)}\n\n{prefill(seconds, shapes)}\n\n{about}\n"
 
