@@ -71,7 +71,7 @@ def render(found: dict[str, Any]) -> str:
         "not bytes. Corrections take many times what their rows need: the kernel of their first factor had a program "
         "for 64 rows and 64 ranks, too few for so many processors, and second factors were read two bytes at a time, "
         "each step waiting for them. Quantization divided every value with branches. All of it has been rewritten "
-        "since, decoding for up to four rows, and not been measured."
+        "since, and not been measured."
     )
     return f"{decoding(seconds, shapes)}\n\n{prefill(seconds, shapes)}\n\n{about}\n"
 

@@ -106,6 +106,11 @@ def test_a_product(capability: int, four: bool, tile: Tile, factors: torch.dtype
     assert bool(floats) == (factors is not None)
     assert "st.shared.b8" not in compiled.ptx
     assert ("cp.async.bulk.tensor" in compiled.ptx) == tile.described
+    if four:
+        # Unpacked in the registers that tensor cores read.
+        integer_loops = [loop for loop in loops(compiled.sass) if "S8.S8" in loop]
+        assert integer_loops
+        assert not any(re.search(r"\bSTS", loop) for loop in integer_loops)
     if factors is None:
         # Neither unpacking nor loading ahead takes codes apart byte by byte; the epilogue packs pairs of bfloat16.
         assert compiled.sass.count("PRMT") <= 32

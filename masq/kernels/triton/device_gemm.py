@@ -27,17 +27,30 @@ _UPPER = tl.constexpr(-0x0F0F0F10)
 
 
 @triton.jit
-def _halves(packed, INTERPRETED: tl.constexpr):
-    """Bytes to 16 times their lower and upper codes, int8; four bytes at a time on a GPU."""
+def _lower(packed, INTERPRETED: tl.constexpr):
+    """Bytes to 16 times their lower codes, int8; four bytes at a time on a GPU.
+
+    An operation of its own: of one with both results the compiler would take the second through shared memory.
+    """
     if INTERPRETED:
-        return (packed << 4).to(tl.int8, bitcast=True), (packed & 0xF0).to(tl.int8, bitcast=True)
+        return (packed << 4).to(tl.int8, bitcast=True)
     return tl.inline_asm_elementwise(
-        "{ .reg .b32 up; shl.b32 up, $2, 4; and.b32 $0, up, 0xF0F0F0F0; and.b32 $1, $2, 0xF0F0F0F0; }",
-        "=r,=r,r",
+        "{ .reg .b32 up; shl.b32 up, $1, 4; and.b32 $0, up, 0xF0F0F0F0; }",
+        "=r,r",
         [packed],
-        dtype=(tl.int8, tl.int8),
+        dtype=tl.int8,
         is_pure=True,
         pack=4,
+    )
+
+
+@triton.jit
+def _upper(packed, INTERPRETED: tl.constexpr):
+    """Bytes to 16 times their upper codes, int8."""
+    if INTERPRETED:
+        return (packed & 0xF0).to(tl.int8, bitcast=True)
+    return tl.inline_asm_elementwise(
+        "and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
     )
 
 
@@ -71,7 +84,8 @@ def _sums4(  # noqa: PLR0913
     w_at = w + out[:, None] * (num_inner // 2) + byte[None, :]
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for block in range(first, last):
-        lower, upper = _halves(tl.load(w_at + block * _HALF), INTERPRETED)
+        packed = tl.load(w_at + block * _HALF)
+        lower, upper = _lower(packed, INTERPRETED), _upper(packed, INTERPRETED)
         sums = tl.dot(lower, tl.load(x_at + block * _BLOCK), sums, out_dtype=tl.int32)
         sums = tl.dot(upper, tl.load(x_at + block * _BLOCK + _HALF), sums, out_dtype=tl.int32)
     return sums
