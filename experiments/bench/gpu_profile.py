@@ -28,7 +28,7 @@ _COPIED, _READ_AND_CODED = 4, 3
 
 
 def decoding(seconds: dict[tuple[str, int, str], float], shapes: list[str]) -> str:
-    """One row: how fast weights are read, and how long a step of a multiprocessor takes, of 132."""
+    """One row: how fast weights are read, and the time of a step of a tile on one of 132 multiprocessors."""
     rows = []
     for shape in shapes:
         inner, outputs = SHAPES[shape]
@@ -66,8 +66,10 @@ def render(found: dict[str, Any]) -> str:
     made = found["provenance"]
     about = (
         f"From `results/bench/gpu_linears.json` ({made['device_name']}, commit {made['commit'][:7]}) by `python -m "
-        "experiments.bench.gpu_profile`. Decoding at 4 bits reads half the bytes in nearly the time of 8: it is steps "
-        "that take the time (each a wait, barriers, an unpacking through shared memory, as the compiled code shows), "
+        "experiments.bench.gpu_profile`. A step: a multiprocessor's time for one, several programs taking turns; on "
+        "small shapes much of it is the call itself. Decoding at 4 bits reads half the bytes in nearly the time of 8: "
+        "it is steps that take the time (each a wait, barriers, an unpacking through shared memory, as the compiled "
+        "code shows), "
         "not bytes. Corrections take many times what their rows need: the kernel of their first factor had a program "
         "for 64 rows and 64 ranks, too few for so many processors, and second factors were read two bytes at a time, "
         "each step waiting for them. Quantization divided every value with branches. All of it has been rewritten "

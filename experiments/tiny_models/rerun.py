@@ -22,11 +22,16 @@ _PACKAGE = "experiments.tiny_models."
 
 
 def stages(log: str) -> list[dict[str, Any]]:
-    """Name and seconds of every stage of ``recipe.log``, the parts of one that was resumed taken together."""
+    """Name and seconds of every stage of ``recipe.log``: of attempts that ended, those of one stage taken together."""
     lines = [found for line in log.splitlines() if (found := _STAGE.match(line))]
     # No folder belongs into a record.
     runs = itertools.groupby(lines, key=lambda line: re.sub(r" (--work|/\S+)", "", line["name"].replace(_PACKAGE, "")))
-    return [{"name": name, "seconds": sum(int(line["seconds"]) for line in group)} for name, group in runs]
+    found: list[dict[str, Any]] = []
+    for name, group in runs:
+        # Logs of earlier versions call the polishing of the towers what they call their first training.
+        again = " (again)" if any(one["name"] == name for one in found) else ""
+        found.append({"name": name + again, "seconds": sum(int(line["seconds"]) for line in group)})
+    return found
 
 
 def summary(work: Path) -> dict[str, Any]:
@@ -60,8 +65,9 @@ def render(found: dict[str, Any], shipped: RunRecord) -> str:
     alike = made["data"]["evaluation"] == shipped.provenance["data"]["evaluation"]
     about = (
         f"Float scores of the whole evaluation split. The recipe ran on two threads of {made['device_name']}, torch "
-        f"{made['libraries']['torch']}, at commit {made['commit'][:7]}, interrupted and resumed, while other work ran "
-        f"beside it. It exported {'the' if alike else 'another than the'} evaluation split that is shipped; its "
+        f"{made['libraries']['torch']}, at commit {made['commit'][:7]}, interrupted and resumed (what an attempt that "
+        "was killed took is not counted), while other work ran beside it. It exported "
+        f"{'the' if alike else 'another than the'} evaluation split that is shipped; its "
         "weights are not shipped, for every record here is of those that are. "
         "`python -m experiments.tiny_models.rerun WORK` behind `python -m experiments.tiny_models.run --work WORK`."
     )

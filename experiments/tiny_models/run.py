@@ -40,7 +40,7 @@ def stages(work: Path, threads: int) -> list[list[list[str]]]:
 def label(command: list[str]) -> str:
     """A stage in a log: its module and what it is told, the folder and threads aside."""
     module, *told = command
-    given = told[: told.index("--work")] if "--work" in told else []
+    given = told[: told.index("--work")] if "--work" in told else told[: module == "masq"]
     return " ".join([module.removeprefix(f"{PACKAGE}."), *given])
 
 

@@ -29,16 +29,18 @@ def cuda_graph(step: Step, device: torch.device) -> Step:
         ModelError: something in the step cannot be captured.
     """
     with torch.cuda.device(device):
-        # A stream of this very GPU: the one that torch keeps for captures belongs to that of the first.
-        before, stream, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=stream):
+            with torch.cuda.graph(graph, stream=_stream(torch.cuda.current_device())):
                 output = step()
+        except torch.OutOfMemoryError:
+            torch.cuda.set_stream(before)
+            raise
         except RuntimeError as error:
             torch.cuda.set_stream(before)
             raise ModelError(
                 "a step of an answer must leave the processor alone, to be captured as a CUDA graph",
-                value=str(error).splitlines()[0],
+                value=next(iter(str(error).splitlines()), type(error).__name__),
                 remedy="set evaluation.decoding=eager for this model",
             ) from error
 
@@ -47,6 +49,12 @@ def cuda_graph(step: Step, device: torch.device) -> Step:
         return output
 
     return replay
+
+
+@functools.cache
+def _stream(_gpu: int) -> torch.cuda.Stream:
+    """One for all captures of a GPU, for libraries keep memory for each; torch's own belongs to the first GPU."""
+    return torch.cuda.Stream()
 
 
 class StepReplay:

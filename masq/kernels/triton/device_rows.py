@@ -50,7 +50,7 @@ def _quotient(values, scale, INTERPRETED: tl.constexpr):
 
     With the rounded reciprocal the first product is within two units in the last place, one correction brings that
     below one, and from there on a correction rounds as IEEE does (Markstein, IBM J. Res. Dev. 34(1), 1990). Scales
-    far from one are brought near it, so that no remainder underflows.
+    far from one are brought near it, so that no remainder underflows but where the code is zero anyway.
     """
     turn = tl.where(scale < _SMALL, _LARGE, tl.where(scale > _LARGE, _SMALL, 1.0))
     divisor = scale * turn
