@@ -161,16 +161,15 @@ class PreparedFactors:
         """[.., sum of R_j] to [.., sum of W_j], zeros behind those of each part."""
         if self.widths == self.ranks:
             return columns
-        parts = columns.split(list(self.ranks), dim=-1)
-        missing = (width - rank for width, rank in zip(self.widths, self.ranks, strict=True))
-        return torch.cat([functional.pad(part, (0, count)) for part, count in zip(parts, missing, strict=True)], dim=-1)
+        parts = zip(columns.split(list(self.ranks), dim=-1), self.ranks, self.widths, strict=True)
+        return torch.cat([functional.pad(part, (0, width - rank)) for part, rank, width in parts], dim=-1)
 
     def narrowed(self, columns: torch.Tensor) -> torch.Tensor:
         """The inverse of ``widened``."""
         if self.widths == self.ranks:
             return columns
-        parts = columns.split(list(self.widths), dim=-1)
-        return torch.cat([part[..., :rank] for part, rank in zip(parts, self.ranks, strict=True)], dim=-1)
+        parts = zip(columns.split(list(self.widths), dim=-1), self.ranks, strict=True)
+        return torch.cat([part[..., :rank] for part, rank in parts], dim=-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,8 +195,7 @@ class QuantizedActivation:
         data: codes, or smoothed rows where the input is not quantized, in the layout of the kernel.
         scale: float32 [N, 1], None where the input is not quantized.
         num_rows: N.
-        taken: smoothed rows [n, I] that a low-rank correction reads, rounded once to the dtype in which rows came; None
-            if none were asked for.
+        taken: smoothed rows [n, I] for low-rank corrections, rounded once to the dtype of the rows that came, or None.
     """
 
     data: torch.Tensor

@@ -22,8 +22,6 @@ from masq.kernels.triton.device_rows import rounded
 BLOCK = 128
 """Inputs that one line of 4-bit weights holds: byte j has input j in its lower half and input 64 + j in its upper."""
 _BLOCK, _HALF = tl.constexpr(BLOCK), tl.constexpr(BLOCK // 2)
-_UPPER = tl.constexpr(-0x0F0F0F10)
-"""The upper half of each of four bytes, 0xF0F0F0F0, as an int32."""
 
 
 @triton.jit
@@ -138,7 +136,7 @@ def _described_sums8(  # noqa: PLR0913
 
 
 @triton.jit
-def _scaled(sums, x_scale, w_scale, row, out, there_m, there_n, FOUR: tl.constexpr):
+def scaled(sums, x_scale, w_scale, row, out, there_m, there_n, FOUR: tl.constexpr):
     """Sums rounded once to float32, times the scale of their row, times that of their output."""
     y = sums.to(tl.float32)
     if FOUR:
@@ -268,7 +266,7 @@ def multiply(  # noqa: PLR0913
         to = y + (split.to(tl.int64) * num_rows + row[None, :]) * num_outputs + out[:, None]
         tl.store(to, sums, mask=there_m[None, :] & there_n[:, None])
     else:
-        values = _scaled(sums, x_scale, w_scale, row, out, there_m, there_n, FOUR)
+        values = scaled(sums, x_scale, w_scale, row, out, there_m, there_n, FOUR)
         if added is not None:
             values = _plus_rows(values, added, added_place, row, out, there_m, there_n, num_outputs)
         for term in tl.static_range(NUM_TERMS):
@@ -278,125 +276,6 @@ def multiply(  # noqa: PLR0913
         to = y + row[None, :].to(tl.int64) * num_outputs + out[:, None]
         stored = rounded(values, y.dtype.element_ty, INTERPRETED)
         tl.store(to, stored, mask=there_m[None, :] & there_n[:, None])
-
-
-@triton.jit
-def _dot4(a, b, total, INTERPRETED: tl.constexpr):
-    """``total`` plus the products of the four signed bytes of every two words, int32."""
-    if INTERPRETED:
-        for byte in tl.static_range(4):
-            total += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
-        return total
-    operands = [a, b, total]
-    return tl.inline_asm_elementwise(
-        "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", operands, dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _row_dot(line, x_at, inside, total, FOUR: tl.constexpr, INTERPRETED: tl.constexpr):
-    """``total`` [BLOCK_N, WORDS] plus lines of weights times the codes of one row, word by word."""
-    codes = tl.load(x_at, mask=inside, other=0)[None, :]
-    if not FOUR:
-        return _dot4(line, codes, total, INTERPRETED)
-    total = _dot4((line << 4) & _UPPER, codes, total, INTERPRETED)
-    return _dot4(line & _UPPER, tl.load(x_at + 16, mask=inside, other=0)[None, :], total, INTERPRETED)
-
-
-@triton.jit
-def _few_sums(  # noqa: PLR0913
-    x,
-    w,
-    out,
-    num_words,
-    first,
-    last,
-    FOUR: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WORDS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """int32 sums [BLOCK_N] of up to four rows over words ``first * WORDS`` to ``last * WORDS`` of a line."""
-    zeros = tl.zeros((BLOCK_N, WORDS), tl.int32)
-    a, b, c, d = zeros, zeros, zeros, zeros
-    length = 2 * num_words if FOUR else num_words
-    for step in range(first, last):
-        word = step * WORDS + tl.arange(0, WORDS)
-        inside = word < num_words
-        line = tl.load(w + out[:, None] * num_words + word[None, :], mask=inside[None, :], other=0)
-        # A line of 64 bytes holds 16 words of inputs in its lower halves, and the 16 behind them in its upper ones.
-        at = tl.max_contiguous(tl.multiple_of(word // 16 * 32 + word % 16, 4), 4) if FOUR else word
-        a = _row_dot(line, x + at, inside, a, FOUR, INTERPRETED)
-        if ROWS > 1:
-            b = _row_dot(line, x + (length + at), inside, b, FOUR, INTERPRETED)
-        if ROWS > 2:
-            c = _row_dot(line, x + (2 * length + at), inside, c, FOUR, INTERPRETED)
-        if ROWS > 3:
-            d = _row_dot(line, x + (3 * length + at), inside, d, FOUR, INTERPRETED)
-    return tl.sum(a, axis=1), tl.sum(b, axis=1), tl.sum(c, axis=1), tl.sum(d, axis=1)
-
-
-@triton.jit
-def _store_few(  # noqa: PLR0913
-    sums,
-    row,
-    x_scale,
-    w_scale,
-    bias,
-    y,
-    out,
-    num_outputs,
-    split,
-    FOUR: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """One row of sums, or of the product."""
-    there = out < num_outputs
-    if SPLITS > 1:
-        tl.store(y + (split * ROWS + row) * num_outputs + out, sums, mask=there)
-    else:
-        one = row + tl.zeros((1,), tl.int32)
-        values = _scaled(sums[:, None], x_scale, w_scale, one, out, one >= 0, there, FOUR)
-        if bias is not None:
-            values += tl.load(bias + out, mask=there, other=0.0)[:, None]
-        stored = rounded(values, y.dtype.element_ty, INTERPRETED)
-        tl.store(y + row * num_outputs + out[:, None], stored, mask=there[:, None])
-
-
-@triton.jit
-def multiply_few(  # noqa: PLR0913
-    x,
-    x_scale,
-    w,
-    w_scale,
-    bias,
-    y,
-    num_outputs,
-    num_words,
-    FOUR: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WORDS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """As ``multiply``, of one to four rows, nothing added: whole lines of weights go straight to registers.
-
-    Reading weights is all there is to do then, and tensor cores, which take them from shared memory in steps that wait
-    for one another, are in the way. ``x`` and ``w``: words of four bytes, int32 [ROWS, P / 4] and [N, num_words].
-    """
-    out, split = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
-    steps = tl.cdiv(num_words, WORDS)
-    first, last = steps * split // SPLITS, steps * (split + 1) // SPLITS
-    # A tail reads the last output again, which needs no mask in the loop; it is not stored.
-    from_out = tl.minimum(out, num_outputs - 1).to(tl.int64)
-    sums = _few_sums(x, w, from_out, num_words, first, last, FOUR, ROWS, BLOCK_N, WORDS, INTERPRETED)
-    given = (x_scale, w_scale, bias, y, out, num_outputs, split.to(tl.int64))
-    for row in tl.static_range(ROWS):
-        _store_few(sums[row], row, *given, FOUR, ROWS, SPLITS, INTERPRETED)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -423,7 +302,7 @@ def combine(  # noqa: PLR0913
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for split in tl.static_range(SPLITS):
         total += tl.load(sums + at + split * num_rows.to(tl.int64) * num_outputs, mask=there, other=0)
-    values = _scaled(total, x_scale, w_scale, row, out, there_m, there_n, FOUR)
+    values = scaled(total, x_scale, w_scale, row, out, there_m, there_n, FOUR)
     if bias is not None:
         values += tl.load(bias + out, mask=there_n, other=0.0)[:, None]
     tl.store(y + at, rounded(values, y.dtype.element_ty, INTERPRETED), mask=there)

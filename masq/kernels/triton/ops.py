@@ -16,7 +16,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from masq.kernels.triton import device_gemm, device_rows
+from masq.kernels.triton import device_few, device_gemm, device_rows
 from masq.kernels.triton.layout import RANKS
 from masq.kernels.triton.tiles import (
     BLOCK,
@@ -268,7 +268,7 @@ def _multiply_few(
     sums = y if splits == 1 else x.new_empty(splits, num_rows, num_outputs, dtype=torch.int32)
     outputs = _INTERPRETED_OUTPUTS if INTERPRETED else FEW.outputs
     _launch(
-        *(device_gemm.multiply_few, (triton.cdiv(num_outputs, outputs), splits), x.device, x.view(torch.int32)),
+        *(device_few.multiply_few, (triton.cdiv(num_outputs, outputs), splits), x.device, x.view(torch.int32)),
         *(x_scale, w.view(torch.int32), w_scale, bias, sums, num_outputs, num_words),
         FOUR=four,
         ROWS=num_rows,
